@@ -1,0 +1,69 @@
+# `make run`: the main job on the quickstart recipe. `make test`: the suite, ruff and mypy.
+# What a bare Debian or Ubuntu needs first (make itself included):
+APT = apt-get install -y make git g++ python3-venv python3-dev
+
+PYTHON ?= python3
+ROOT ?= $(CURDIR)/.envbuilder
+VENV = .venv
+BIN = $(VENV)/bin
+ENV_PYTHON = $(ROOT)/envs/quickstart/bin/python
+# The trainer's tests run in the built env, which has no pytest: it comes from here, beside the env.
+TEST_SITE = build/test-site
+
+export ENVBUILDER_TEST_ROOT = $(ROOT)
+
+.PHONY: run test env lint test-unit test-trainer test-lab check-machine clean
+
+run: $(VENV)/ready
+	$(BIN)/envbuilder --root $(ROOT) pipeline recipes/quickstart.toml \
+		--train recipes/train/quickstart.yaml --processes 2
+
+test: lint test-unit test-trainer
+
+lint: $(VENV)/ready $(TEST_SITE)/ready env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict envbuilder
+	MYPYPATH=$(TEST_SITE) $(BIN)/mypy --strict --python-executable $(ENV_PYTHON) trainer
+
+test-unit: env
+	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab
+
+test-trainer: $(TEST_SITE)/ready env
+	PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer
+
+# Needs root and the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2.
+test-lab: $(VENV)/ready
+	$(BIN)/python -m pytest tests/lab
+
+# The quickstart env: a second time it costs seconds.
+env: $(VENV)/ready
+	$(BIN)/envbuilder --root $(ROOT) lock --check recipes/quickstart.toml
+	$(BIN)/envbuilder --root $(ROOT) fetch recipes/quickstart.toml
+	$(BIN)/envbuilder --root $(ROOT) compile recipes/quickstart.toml
+
+# The machine's own pip settings must not choose the tool's packages: --isolated keeps only the index.
+$(VENV)/ready: pyproject.toml | check-machine
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --editable '.[dev]'
+	touch $@
+
+$(TEST_SITE)/ready: $(VENV)/ready
+	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --target $(TEST_SITE) pytest types-pyyaml
+	touch $@
+
+check-machine:
+	@missing=; \
+	command -v git >/dev/null || missing="$$missing git"; \
+	command -v c++ >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null \
+		|| missing="$$missing python3-dev"; \
+	if [ -n "$$missing" ]; then \
+		echo "missing on this machine:$$missing"; echo "type (as root): $(APT)"; exit 1; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+		sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v}: make PYTHON=python3.12 ...")'
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

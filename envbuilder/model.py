@@ -1,0 +1,175 @@
+"""The nouns that stages hand to one another, and the form in which they are kept on disk.
+
+Everything here is frozen. What is written to disk is a pydantic model, so a damaged or foreign file is
+refused with the field's name when it is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from envbuilder.errors import IntegrityError
+from envbuilder.lock import SourceLock
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=_Record)
+
+
+def read_record(path: Path, kind: type[AnyRecord], *, remedy: str) -> AnyRecord:
+    """The record kept in the JSON file `path`; IntegrityError (with `remedy`) if it is missing or damaged."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise IntegrityError(f"{path} {reason}.", remedy=remedy, context={"file": path}) from error
+
+
+class BundleRecord(_Record):
+    """`bundle.json`: what `fetch` writes last, so a bundle without it is incomplete."""
+
+    schema_version: Literal[1] = 1
+    recipe: str
+    python: str
+    """Minor version that the files were chosen for, e.g. "3.12"."""
+    lock_sha256: str
+    tool_version: str
+    trainer_wheel: str | None
+    """File name in the bundle's `tool/` folder."""
+    trainer_sha256: str | None
+
+
+class Bundle(BaseModel):
+    """A complete bundle on disk; `envbuilder.bundle.open_bundle` makes one."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    path: Path
+    record: BundleRecord
+    lock: SourceLock
+
+
+class Extension(_Record):
+    """One compiled extension module."""
+
+    module: str
+    """Import name, e.g. "causal_conv1d_cuda"."""
+    file: str
+    """Path inside the wheel, so relative to site-packages too."""
+    sha256: str
+    architectures: tuple[str, ...]
+    """GPU code found in the file: "sm_90" for machine code, "compute_90" for PTX; sorted."""
+
+
+class UnitTiming(_Record):
+    """What compiling one translation unit took."""
+
+    source: str
+    seconds: float
+    """Wall time."""
+    cpu_seconds: float
+    peak_rss_bytes: int
+    architectures_kept: tuple[str, ...]
+    architectures_dropped: tuple[str, ...]
+
+
+class BuildReceipt(_Record):
+    """`receipt.json` beside a built wheel: what it was made of, and how."""
+
+    schema_version: Literal[1] = 1
+    package: str
+    version: str
+    sdist: str
+    sdist_sha256: str
+    key: str
+    """The ABI key: the wheel's folder in the wheelhouse."""
+    wheel: str
+    """File name."""
+    wheel_sha256: str
+    python: str
+    """Full version of the interpreter that built it."""
+    torch: str | None
+    """Version of the torch that it is linked against, local version included."""
+    torch_cuda: str | None
+    cxx11_abi: bool | None
+    nvcc: str | None
+    """nvcc's release, e.g. "13.0.88"."""
+    host_compiler: str
+    compute_capabilities: tuple[str, ...]
+    """Those asked for."""
+    architectures_kept: tuple[str, ...]
+    architectures_dropped: tuple[str, ...]
+    extensions: tuple[Extension, ...]
+    isolation: Literal["network-namespace", "none"]
+    """How the build was kept from the network."""
+    environment: dict[str, str]
+    """Variables that the recipe and the tool set for the build."""
+    units: tuple[UnitTiming, ...]
+    seconds: float
+    built_at: str
+    """ISO 8601, UTC."""
+
+
+class BuiltWheel(_Record):
+    """A wheel in the wheelhouse with its receipt."""
+
+    path: Path
+    receipt: BuildReceipt
+
+
+class InstalledPackage(_Record):
+    """One distribution that `install` put into an env."""
+
+    name: str
+    version: str
+    wheel: str
+    """File name."""
+    sha256: str
+    origin: Literal["bundle", "wheelhouse", "tool"]
+    """`tool` is the trainer's own wheel."""
+
+
+class ProvidedPackages(_Record):
+    """What an env takes from the machine."""
+
+    python: str
+    """The provider's interpreter, absolute."""
+    site_packages: tuple[str, ...]
+    """The provider's purelib and platlib, written into the env's .pth file."""
+    versions: dict[str, str]
+    """Normalised name → version found."""
+
+
+class EnvReceipt(_Record):
+    """`envbuilder.json` in an env: what it was made of. The last file that `install` writes."""
+
+    schema_version: Literal[1] = 1
+    recipe: str
+    lock_sha256: str
+    python: str
+    """Full version of the env's interpreter."""
+    compute_capabilities: tuple[str, ...]
+    packages: tuple[InstalledPackage, ...]
+    extensions: tuple[Extension, ...]
+    provided: ProvidedPackages | None
+    created_at: str
+    """ISO 8601, UTC."""
+
+
+class Finding(_Record):
+    """The outcome of one of doctor's checks."""
+
+    check: str
+    """The check's id, e.g. "env.records"."""
+    verdict: Literal["ok", "warning", "failed", "skipped"]
+    summary: str
+    """One sentence: what was found, or why it was skipped."""
+    evidence: tuple[str, ...] = ()
+    remedy: str | None = None
+    """The command that mends it; always there when failed."""

@@ -1,0 +1,197 @@
+"""The recipe: what a person wants, as TOML. Parses and validates; touches nothing else.
+
+Keys are written in kebab-case. An unknown key, a wrong type and an impossible value are all errors
+(exit 3) that name the file and the key.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from envbuilder.errors import InputError
+
+
+def _requirement(text: str) -> str:
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement as error:
+        raise ValueError(f"not a PEP 508 requirement: {error}") from error
+    if requirement.url is not None:
+        raise ValueError("a requirement can't carry a URL: name an index instead")
+    return text
+
+
+def _specifiers(text: str) -> str:
+    try:
+        SpecifierSet(text)
+    except InvalidSpecifier as error:
+        raise ValueError(f"not a version specifier: {error}") from error
+    return text
+
+
+def _pattern(pattern: str, what: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is not {what}")
+        return text
+
+    return AfterValidator(check)
+
+
+RequirementText = Annotated[str, AfterValidator(_requirement)]
+ComputeCapability = Annotated[str, _pattern(r"\d{1,2}\.\d[af]?", 'a compute capability such as "9.0"')]
+# No dot: PEP 751 allows none in the NAME of pylock.NAME.toml.
+RecipeName = Annotated[str, _pattern(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, - and _")]
+IndexName = Annotated[str, _pattern(r"[a-z0-9][a-z0-9-]*", "an index's name of a-z, 0-9 and -")]
+EnvName = Annotated[str, _pattern(r"[A-Za-z_][A-Za-z0-9_]*", "an environment variable's name")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+    )
+
+
+class TargetSpec(_Table):
+    """`[target]`: the machines that the lock is for."""
+
+    python: Annotated[str, AfterValidator(_specifiers)] = ">=3.11,<3.14"
+    """Python versions that one lock serves."""
+    machine: Literal["x86_64", "aarch64"] = "x86_64"
+    glibc: Annotated[str, _pattern(r"2\.\d+", 'a glibc version such as "2.28"')] = "2.28"
+    """The oldest glibc that the environment must run on."""
+
+
+class CudaSpec(_Table):
+    """`[cuda]`: GPU code in what is compiled."""
+
+    compute_capabilities: tuple[ComputeCapability, ...] = Field(default=("9.0",), min_length=1)
+    detect: bool = False
+    """Where a GPU is present, compile for its compute capability instead."""
+    toolchain: Literal["packages", "system"] = "packages"
+    """nvcc from locked packages, whatever is on the PATH; or the machine's own (CUDA_HOME, else PATH)."""
+    toolchain_requirements: tuple[RequirementText, ...] = ()
+    """The packages that hold nvcc and the CUDA headers, for `toolchain = "packages"`."""
+
+    @model_validator(mode="after")
+    def _toolchain_has_packages(self) -> CudaSpec:
+        if (self.toolchain == "packages") != bool(self.toolchain_requirements):
+            raise ValueError('toolchain-requirements goes with toolchain = "packages", and only with it')
+        return self
+
+
+class SourceBuild(_Table):
+    """`[build.PACKAGE]`: one package that is compiled from its sdist."""
+
+    requires: tuple[RequirementText, ...] | None = None
+    """What the built wheel needs at run time, where the sdist's own metadata can't be believed."""
+    build_requires: tuple[RequirementText, ...] = ()
+    """Build requirements beside those of the sdist's pyproject.toml."""
+    env: dict[EnvName, str] = Field(default_factory=dict)
+    """Variables for the build, e.g. those that stop a setup.py from guessing a download's URL."""
+    modules: tuple[str, ...] = ()
+    """Extension modules that the wheel must hold, by their import names."""
+
+
+class Exclusion(_Table):
+    """`[[exclude]]`: a requirement that a package declares and this use never imports."""
+
+    package: str
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class Provided(_Table):
+    """`[provided]`: packages of the machine (a module, a venv, a container), left out of the bundle."""
+
+    python: str = "python3"
+    """The interpreter that has them: a path, or a name on the PATH."""
+    packages: tuple[RequirementText, ...] = Field(min_length=1)
+
+
+class Recipe(_Table):
+    """A recipe file. `load_recipe` reads one."""
+
+    name: RecipeName
+    description: str = ""
+    requirements: tuple[RequirementText, ...] = Field(min_length=1)
+    trainer: bool = True
+    """Install the bundled trainer and what it needs."""
+    target: TargetSpec = TargetSpec()
+    cuda: CudaSpec | None = None
+    build: dict[str, SourceBuild] = Field(default_factory=dict)
+    exclude: tuple[Exclusion, ...] = ()
+    provided: Provided | None = None
+    index: dict[str, IndexName] = Field(default_factory=dict)
+    """`[index]`: package → the name of the index that it comes from (all others: `default`)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for table in (self.build, self.index):
+            for name in table:
+                if name != canonicalize_name(name):
+                    raise ValueError(f"write the package's normalised name: {canonicalize_name(name)!r}")
+        if self.cuda is None and any(build.modules for build in self.build.values()):
+            raise ValueError("[build] names extension modules, so a [cuda] table must say for which GPUs")
+        return self
+
+    @property
+    def provided_names(self) -> frozenset[str]:
+        """Normalised names of the packages that the machine provides."""
+        if self.provided is None:
+            return frozenset()
+        return frozenset(canonicalize_name(Requirement(text).name) for text in self.provided.packages)
+
+    @property
+    def excluded_names(self) -> frozenset[str]:
+        """Normalised names of the excluded packages."""
+        return frozenset(canonicalize_name(exclusion.package) for exclusion in self.exclude)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in the TOML file `path`; InputError names the key that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"There is no recipe at {path}.",
+            remedy="Give the path of a recipe, e.g. recipes/quickstart.toml.",
+            context={"file": path},
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The recipe {path} can't be read: {error}.",
+            remedy=f"Check that {path} is a readable UTF-8 text file.",
+            context={"file": path},
+        ) from error
+    try:
+        return Recipe.model_validate(tomllib.loads(text), by_name=False, by_alias=True)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(
+            f"The recipe {path} is not TOML: {error}.",
+            remedy=f"Mend {path} at the place named.",
+            context={"file": path},
+        ) from error
+    except ValidationError as error:
+        faults = [_fault(item["loc"], item["msg"]) for item in error.errors(include_url=False)]
+        raise InputError(
+            f"The recipe {path} is wrong: {'; '.join(faults)}.",
+            remedy=f"Mend the keys named in {path}; docs/recipes.md lists all keys.",
+            context={"file": path, "keys": ", ".join(sorted({fault.split(":")[0] for fault in faults}))},
+        ) from error
+
+
+def _fault(loc: tuple[int | str, ...], message: str) -> str:
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    message = message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "unknown key")
+    return f"{key or 'recipe'}: {message}"

@@ -1,0 +1,26 @@
+"""What this version of envbuilder and of its trainer need, read from the distribution's own metadata."""
+
+from __future__ import annotations
+
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
+
+def tool_requires() -> tuple[str, ...]:
+    """Run-time requirements of envbuilder itself."""
+    return tuple(text for text in _requires() if not _extras(text))
+
+
+def trainer_requires() -> tuple[str, ...]:
+    """Requirements of the trainer that `install` puts into an env."""
+    return tuple(text.split(";")[0].strip() for text in _requires() if "trainer" in _extras(text))
+
+
+def _requires() -> list[str]:
+    return requires("envbuilder") or []
+
+
+def _extras(text: str) -> set[str]:
+    marker = Requirement(text).marker
+    return {extra for extra in ("trainer", "dev") if marker and marker.evaluate({"extra": extra})}

@@ -1,0 +1,49 @@
+"""What the stages did, in words: the lines of the closing summary. Pure."""
+
+from __future__ import annotations
+
+from envbuilder.compile import CompileReport
+from envbuilder.display import human_bytes
+from envbuilder.fetch import FetchReport
+from envbuilder.install import InstallReport
+from envbuilder.train import TrainReport
+
+
+def fetched(report: FetchReport) -> str:
+    return (
+        f"{report.files} files, {human_bytes(report.bytes)}; "
+        f"transferred {report.transferred_files} files, {human_bytes(report.transferred_bytes)}, "
+        f"in {report.seconds:.1f} s"
+    )
+
+
+def compiled(report: CompileReport) -> str:
+    lines = []
+    for wheel in report.wheels:
+        receipt = wheel.receipt
+        how = "from the wheelhouse" if receipt.package in report.reused else f"{receipt.seconds:.0f} s"
+        dropped = ", ".join(receipt.architectures_dropped) or "none"
+        kept = ", ".join(receipt.architectures_kept) or "none"
+        lines.append(
+            f"{receipt.package} {receipt.version} ({how}; GPU architectures kept: {kept}; "
+            f"dropped: {dropped}; network: {receipt.isolation})"
+        )
+    return "\n".join(lines) or "nothing to compile"
+
+
+def installed(report: InstallReport) -> str:
+    return f"{len(report.receipt.packages)} packages in {report.seconds:.1f} s"
+
+
+def trained(report: TrainReport) -> list[tuple[str, str]]:
+    outcome = report.outcome
+    rows = [
+        ("steps", str(outcome["steps"])),
+        ("loss", f"{outcome['first_loss']:.4f} at the first step, {outcome['last_loss']:.4f} at the last"),
+        ("tokens per second", f"{outcome['tokens_per_second']:.0f}"),
+        ("first step", f"{outcome['first_step_seconds']:.1f} s"),
+        ("adapter", str(outcome["adapter"])),
+    ]
+    if outcome.get("peak_memory_bytes"):
+        rows.append(("peak memory", human_bytes(outcome["peak_memory_bytes"])))
+    return rows

@@ -1,0 +1,62 @@
+"""Fixtures of the whole suite.
+
+Tests marked `needs_env` use the quickstart env that `make env` builds under .envbuilder (or under
+$ENVBUILDER_TEST_ROOT). Without it they are left out, and a line says so; where CI=true that is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """The quickstart recipe's bundle and env, as `make env` leaves them."""
+
+    root: Path
+    """ROOT. Tests read it and never write into it."""
+    python: Path
+    """The env's interpreter: torch, transformers and peft are there."""
+    bundle_files: Path
+    """The bundle's wheels and sdists, the CUDA toolchain's among them."""
+
+
+def _quickstart_root() -> Path:
+    return Path(os.environ.get("ENVBUILDER_TEST_ROOT") or REPOSITORY / ".envbuilder").absolute()
+
+
+def _quickstart_is_there() -> bool:
+    return (_quickstart_root() / "envs/quickstart/envbuilder.json").exists()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _quickstart_is_there() or os.environ.get("CI") == "true":
+        return
+    left_out = [item for item in items if item.get_closest_marker("needs_env")]
+    if left_out:
+        kept = [item for item in items if not item.get_closest_marker("needs_env")]
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_LEFT_OUT] = len(left_out)
+
+
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests left out: they need the quickstart env (make env)")
+
+
+@pytest.fixture(scope="session")
+def quickstart() -> Quickstart:
+    root = _quickstart_root()
+    if not _quickstart_is_there():
+        pytest.fail(f"there is no quickstart env under {root}: run make env")
+    return Quickstart(root, root / "envs/quickstart/bin/python", root / "bundles/quickstart/files")

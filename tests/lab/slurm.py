@@ -1,0 +1,358 @@
+"""A real Slurm cluster on one machine, for the tests: munge, MariaDB, slurmdbd, slurmctld and compute nodes.
+
+Each node is a slurmd in a network namespace of its own that reaches the controller and nothing else, so a job
+has no internet. Accounting is on: accounts and QoS limits hold, as they do on a real cluster. Needs root and
+Debian's slurm-wlm, slurmdbd, munge, mariadb-server and iproute2; no systemd, no cgroups, no standing user.
+
+Everything lies in one temporary folder. Whatever was started is ended by its process id, and the namespaces
+are removed. `recipes/sites/lab.toml` describes this cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+USER = "nobody"
+"""Who submits: an account that every machine has, and not root, whom Slurm's submit limits spare."""
+PARTITION, ACCOUNT, QOS, DEBUG_QOS = "lab", "project", "normal", "debug"
+PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "ip")
+
+_SLURM_CONF = """\
+ClusterName=lab
+SlurmctldHost=login({network}.1)
+SlurmctldPort={slurmctld_port}
+SlurmdPort={slurmd_port}
+SlurmUser=slurm
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+SlurmctldPidFile={folder}/state/slurmctld.pid
+SlurmdPidFile={folder}/spool/%n.pid
+SlurmdSpoolDir={folder}/spool/%n
+StateSaveLocation={folder}/state
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
+SlurmdParameters=config_overrides
+DefMemPerCPU=1000
+ReturnToService=2
+SlurmdTimeout=15
+KillWait=3
+EnforcePartLimits=ALL
+MailProg=/bin/true
+GresTypes=gpu
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={slurmdbd_port}
+AccountingStoragePass={folder}/munge/socket
+AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations,limits,qos,safe
+{nodes}
+PartitionName={partition} Nodes=ALL Default=YES MaxTime=24:00:00 DefaultTime=5
+PartitionName=short Nodes=ALL MaxTime=5 DefaultTime=1
+"""
+
+_SLURMDBD_CONF = """\
+DbdHost=localhost
+DbdPort={slurmdbd_port}
+SlurmUser=slurm
+AuthInfo=socket={folder}/munge/socket
+PidFile={folder}/state/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=slurm
+StoragePass={password}
+"""
+
+
+def missing_programs() -> tuple[str, ...]:
+    """What this machine lacks for a `SlurmLab`; empty where one can start."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = tuple(program for program in PROGRAMS if shutil.which(program, path=path) is None)
+    return missing if os.geteuid() == 0 else (*missing, "root")
+
+
+class SlurmLab:
+    """The cluster, up between `__enter__` and `__exit__`.
+
+    `folder` is its temporary folder; `home`, in it, is a folder that `USER` can write and every node sees.
+    """
+
+    def __init__(self, nodes: int = 1) -> None:
+        self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
+        self._tag = f"lab{os.getpid() % 100000}"
+        self._network = f"10.99.{os.getpid() % 250 + 1}"
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> SlurmLab:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-lab-"))
+        self._cleanup.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        try:
+            self._write_files()
+            self._make_network()
+            self._start_services()
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of the submitting user's shell."""
+        return {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": str(self.home),
+            "USER": USER,
+            "LANG": "C.UTF-8",
+            "SLURM_CONF": str(self.conf),
+        }
+
+    def as_user(
+        self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `argv` as `USER` on the login node; stdout and stderr are kept apart."""
+        account = pwd.getpwnam(USER)
+        return subprocess.run(
+            [str(word) for word in argv],
+            env={**self.env, **(env or {})},
+            cwd=cwd or self.home,
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+            umask=0o022,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def wait_for_job(self, job_id: str, *, seconds: float = 60) -> str:
+        """Waits for the job's end, and returns its state, e.g. "COMPLETED"."""
+
+        def ended() -> bool:
+            return self.job_state(job_id) not in {"", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+
+        _wait_until(ended, f"job {job_id} has ended", seconds)
+        return self.job_state(job_id)
+
+    def job_state(self, job_id: str) -> str:
+        """The state that the controller knows, e.g. "RUNNING"; empty for a job that it does not."""
+        shown = self.as_user(["scontrol", "--oneliner", "show", "job", job_id]).stdout
+        return next((w.removeprefix("JobState=") for w in shown.split() if w.startswith("JobState=")), "")
+
+    def cancel_all(self) -> None:
+        """Cancels every job and waits until none is left, so that a test finds its limits unused."""
+        _run(["scancel", f"--user={USER}"], self._root_env)
+        _wait_until(
+            lambda: not _run(["squeue", "--noheader"], self._root_env).strip(),
+            "the queue is empty",
+            seconds=30,
+        )
+
+    # ── starting ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _write_files(self) -> None:
+        self.folder.chmod(0o755)
+        for name, owner in (("munge", "munge"), ("database", "mysql"), ("state", "slurm"), ("home", USER)):
+            (self.folder / name).mkdir()
+            shutil.chown(self.folder / name, owner, pwd.getpwnam(owner).pw_gid)
+        for name in ("etc", "spool", "devices", "log"):
+            (self.folder / name).mkdir()
+        self.home = self.folder / "home"
+        self.conf = self.folder / "etc" / "slurm.conf"
+        self._root_env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        self._password = secrets.token_hex(16)
+        self._database_port, slurmdbd_port, slurmctld_port, slurmd_port = _free_ports(4)
+        nodes = "\n".join(
+            f"NodeName={node} NodeAddr={self._network}.{10 + i} CPUs=8 RealMemory=64000 Gres=gpu:4"
+            for i, node in enumerate(self.nodes, 1)
+        )
+        values = {
+            "folder": self.folder,
+            "network": self._network,
+            "nodes": nodes,
+            "partition": PARTITION,
+            "password": self._password,
+            "database_port": self._database_port,
+            "slurmdbd_port": slurmdbd_port,
+            "slurmctld_port": slurmctld_port,
+            "slurmd_port": slurmd_port,
+        }
+        self.conf.write_text(_SLURM_CONF.format_map(values))
+        for number in range(4):  # GPUs that Slurm can count and hand out; /dev/null underneath
+            os.mknod(self.folder / "devices" / f"nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
+        (self.folder / "etc" / "gres.conf").write_text(f"Name=gpu File={self.folder}/devices/nvidia[0-3]\n")
+        (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        slurmdbd_conf = self.folder / "etc" / "slurmdbd.conf"
+        slurmdbd_conf.write_text(_SLURMDBD_CONF.format_map(values))
+        slurmdbd_conf.chmod(0o600)
+        shutil.chown(slurmdbd_conf, "slurm")
+        key = self.folder / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        shutil.chown(key, "munge")
+
+    def _make_network(self) -> None:
+        """A bridge, and for each node a namespace whose one cable ends there. No route leads further."""
+        bridge = f"{self._tag}br"
+        _run(["ip", "link", "add", bridge, "type", "bridge"])
+        self._cleanup.callback(_run, ["ip", "link", "del", bridge])
+        _run(["ip", "addr", "add", f"{self._network}.1/24", "dev", bridge])
+        _run(["ip", "link", "set", bridge, "up"])
+        hosts = [f"127.0.0.1 localhost\n{self._network}.1 login\n"]
+        hosts += [f"{self._network}.{10 + i} {node}\n" for i, node in enumerate(self.nodes, 1)]
+        (self.folder / "etc" / "hosts").write_text("".join(hosts))
+        (self.folder / "etc" / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+        for i, node in enumerate(self.nodes, 1):
+            space, cable = f"{self._tag}{node}", f"{self._tag}c{i}"
+            _run(["ip", "netns", "add", space])
+            self._cleanup.callback(self._remove_namespace, space)
+            _run(["ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space])
+            _run(["ip", "link", "set", cable, "master", bridge, "up"])
+            _run(["ip", "-n", space, "link", "set", "lo", "up"])
+            _run(["ip", "-n", space, "addr", "add", f"{self._network}.{10 + i}/24", "dev", "eth0"])
+            _run(["ip", "-n", space, "link", "set", "eth0", "up"])
+
+    def _start_services(self) -> None:
+        database, munge = self.folder / "database", self.folder / "munge"
+        self._start(
+            "munged", "setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground",
+            f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
+            f"--seed-file={munge}/seed", f"--log-file={munge}/log",
+        )  # fmt: skip
+        _run([
+            "mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={database}", "--skip-test-db",
+            "--auth-root-authentication-method=socket",
+        ])  # fmt: skip
+        self._start(
+            "mariadbd", "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={database}",
+            f"--socket={database}/socket", "--bind-address=127.0.0.1", f"--port={self._database_port}",
+            "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M",
+        )  # fmt: skip
+        client = ["mariadb", "--no-defaults", f"--socket={database}/socket", "--execute"]
+        _wait_until(lambda: _works([*client, "SELECT 1"]), "the database answers", seconds=30)
+        _run([
+            *client,
+            f"CREATE USER slurm@'%' IDENTIFIED BY '{self._password}';"
+            "GRANT ALL ON slurm_acct_db.* TO slurm@'%'",
+        ])  # fmt: skip
+        env = self._root_env
+        self._start("slurmdbd", "slurmdbd", "-D")
+        _wait_until(
+            lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers", seconds=30
+        )
+        _run(["sacctmgr", "-iQ", "add", "cluster", "lab"], env)
+        self._start("slurmctld", "unshare", "--uts", "sh", "-ec", "hostname login; exec slurmctld -D")
+        self._cleanup.callback(self._cancel_on_exit)
+        for i, node in enumerate(self.nodes, 1):
+            self._start_node(i, node)
+        _wait_until(lambda: _works(["scontrol", "ping"], env), "slurmctld answers", seconds=30)
+        # A limit on a resource that slurmctld has not registered yet would be lost without a word.
+        _wait_until(lambda: "gres" in _run(["sacctmgr", "-nP", "show", "tres"], env), "gpus are known", 20)
+        self._make_accounts()
+
+        def nodes_are_idle() -> bool:
+            states = _run(["sinfo", "-h", "-N", "-p", PARTITION, "-o", "%T"], env).split()
+            return states == ["idle"] * len(self.nodes)
+
+        _wait_until(nodes_are_idle, "the nodes are idle", seconds=60)
+
+    def _start_node(self, number: int, node: str) -> None:
+        etc = self.folder / "etc"
+        self._start(
+            f"slurmd-{node}", "nsenter", f"--net=/run/netns/{self._tag}{node}", "unshare", "--uts", "--mount",
+            "sh", "-ec",
+            f"hostname {node}; mount --bind {etc}/hosts /etc/hosts;"
+            f"mount --bind {etc}/resolv.conf /etc/resolv.conf; exec slurmd -D -N {node}",
+        )  # fmt: skip
+
+    def _make_accounts(self) -> None:
+        def sacctmgr(*words: str) -> None:
+            _run(["sacctmgr", "-iQ", *words], self._root_env)
+
+        sacctmgr("add", "account", ACCOUNT, "cluster=lab")
+        sacctmgr("add", "qos", DEBUG_QOS)
+        sacctmgr(
+            "modify", "qos", DEBUG_QOS, "set",
+            "MaxSubmitJobsPerUser=1", "MaxWall=30", "MaxTRESPerUser=gres/gpu=2,node=1", "Flags=DenyOnLimit",
+        )  # fmt: skip
+        sacctmgr(
+            "add", "user", USER, f"account={ACCOUNT}", f"DefaultAccount={ACCOUNT}",
+            f"qos={QOS},{DEBUG_QOS}", f"DefaultQOS={QOS}",
+        )  # fmt: skip
+
+    # ── ending ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, name: str, *argv: str) -> None:
+        with (self.folder / "log" / name).open("ab") as log:
+            process = subprocess.Popen(
+                argv,
+                env=self._root_env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._cleanup.callback(_end, process)
+
+    def _cancel_on_exit(self) -> None:
+        try:
+            self.cancel_all()
+        except (AssertionError, subprocess.CalledProcessError):
+            pass  # the namespaces' processes are killed in any case
+
+    def _remove_namespace(self, space: str) -> None:
+        for pid in _run(["ip", "netns", "pids", space]).split():
+            _works(["kill", "-KILL", pid])
+        _run(["ip", "netns", "del", space])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _run(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
+    completed = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, f"{' '.join(argv)}: {completed.stdout}{completed.stderr}"
+    return completed.stdout
+
+
+def _works(argv: Sequence[str], env: dict[str, str] | None = None) -> bool:
+    return subprocess.run(argv, env=env, capture_output=True, check=False).returncode == 0
+
+
+def _wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"gave up waiting until {what}"
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("", 0))
+        return [one.getsockname()[1] for one in sockets]
