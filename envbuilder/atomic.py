@@ -1,10 +1,11 @@
-"""Writing files so that a path is either absent, old and whole, or new and whole, whatever happens meanwhile."""
+"""Writing files so that a path is absent, old and whole, or new and whole, whatever happens meanwhile."""
 
 from __future__ import annotations
 
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,9 +14,13 @@ from typing import BinaryIO
 from envbuilder.errors import MismatchError
 
 FOLDER_MODE = 0o2750
-"""Of the folders that `make_folder` makes: what is made in them gets their group, as on a shared project disk."""
+"""Of the folders that `make_folder` makes: setgid, so what is made in them gets the project's group."""
 FILE_MODE = 0o640
+_SUFFIX = ".new"
+_ABANDONED = 3600.0
+"""Seconds without a write after which a new file's writer has surely ended."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR})
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -29,15 +34,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well; else nothing of it is left.
 
-    `size` is the bytes that will be written, for the message when the disk is full (MismatchError). With
+    `size` is the bytes that will be written, for the message of `writing` when the disk is full. With
     `durable`, file and folder are on the disk when the block has ended: leave it out for scratch copies.
     """
-    make_folder(path.parent)
-    with disk_has_room(path, size):
+    with writing(path, size):
+        make_folder(path.parent)
         # A random name that did not exist: no other process writes it, and no planted link is followed.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".new", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=_SUFFIX, dir=path.parent)
         try:
-            with open(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fchmod(descriptor, mode)
@@ -50,6 +55,14 @@ def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = Tr
             raise
         if durable:
             fsync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left in `folder`: new files that nobody has written to for an hour."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_mtime < time.time() - _ABANDONED:
+                path.unlink()
 
 
 def fsync_folder(path: Path) -> None:
@@ -78,17 +91,23 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def disk_has_room(path: Path, size: int) -> Iterator[None]:
-    """Turns the system's "disk full", "over quota" or "file too large" into MismatchError.
+def writing(path: Path, size: int) -> Iterator[None]:
+    """Turns the system's refusals into MismatchError: disk full, over quota, file too large, not allowed.
 
     `path` is what the block writes, `size` how many bytes it needs.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise no_room(path, size, os.strerror(error.errno)) from error
+        if error.errno in _FULL:
+            raise no_room(path, size, os.strerror(error.errno)) from error
+        if error.errno in _FORBIDDEN:
+            raise MismatchError(
+                f"{path} can't be written: {os.strerror(error.errno)}.",
+                remedy="Make it writable for you, or choose another folder with envbuilder --root FOLDER.",
+                context={"file": path},
+            ) from error
+        raise
 
 
 def no_room(path: Path, size: int, reason: str) -> MismatchError:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
+from packaging.markers import Marker
 from packaging.pylock import (
     Package,
     PackageSdist,
@@ -29,11 +30,13 @@ from packaging.pylock import (
     PylockSelectError,
     PylockValidationError,
 )
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.recipe import Recipe
-from envbuilder.target import Target
+from envbuilder.target import Target, python_versions
 
 SCHEMA = 1
 FILES = "files"
@@ -55,6 +58,20 @@ class LockedFile:
     index: str
     """The name of the index it comes from."""
     is_sdist: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LockEntry:
+    """One version of one package, as `compose_lock` takes it."""
+
+    name: str
+    version: str
+    needed: Mapping[Group, frozenset[str]]
+    """Group → the minor Python versions on which the group needs it."""
+    files: tuple[LockedFile, ...]
+    """One sdist, or the wheels."""
+    table: Mapping[str, Any]
+    """Its `tool.envbuilder` table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +215,67 @@ def parse_lock(name: str, text: str) -> SourceLock:
             if file.url is not None or file.path != f"{FILES}/{file.filename}":
                 raise refuse(f"{file.filename} must be named by its path in a bundle, and by no URL")
     return SourceLock(name, pylock, hashlib.sha256(text.encode()).hexdigest())
+
+
+def compose_lock(recipe: Recipe, *, digest: str, resolver: str, entries: Sequence[LockEntry]) -> str:
+    """The text of the lock of `recipe`; `digest` is its recipe_digest, `resolver` who chose the versions."""
+    pythons = python_versions(recipe.target)
+    machine = f"sys_platform == 'linux' and platform_machine == '{recipe.target.machine}'"
+    after_newest = f"3.{int(pythons[-1].split('.')[1]) + 1}"
+    return lock_text(
+        Pylock(
+            lock_version=Version("1.0"),
+            environments=[Marker(f"{machine} and implementation_name == 'cpython'")],
+            requires_python=SpecifierSet(f">={pythons[0]},<{after_newest}"),
+            dependency_groups=GROUPS,
+            default_groups=["runtime"],
+            created_by="envbuilder",
+            packages=[_package(entry, frozenset(pythons)) for entry in entries],
+            tool={
+                "envbuilder": {
+                    "schema": SCHEMA,
+                    "recipe-digest": digest,
+                    "resolver": resolver,
+                    "target": recipe.target.model_dump(mode="json"),
+                    "provided": sorted(recipe.provided.packages) if recipe.provided else [],
+                    "excluded": [exclusion.model_dump(mode="json") for exclusion in recipe.exclude],
+                }
+            },
+        )
+    )
+
+
+def _package(entry: LockEntry, pythons: frozenset[str]) -> Package:
+    def named(file: LockedFile) -> dict[str, Any]:
+        path = f"{FILES}/{file.filename}"
+        return {"name": file.filename, "path": path, "size": file.size, "hashes": {"sha256": file.sha256}}
+
+    wheels = [PackageWheel(**named(file)) for file in entry.files if not file.is_sdist]
+    sdists = [PackageSdist(**named(file)) for file in entry.files if file.is_sdist]
+    return Package(
+        name=canonicalize_name(entry.name),
+        version=Version(entry.version),
+        marker=_marker(entry.needed, pythons),
+        sdist=next(iter(sdists), None),
+        wheels=wheels or None,
+        tool={"envbuilder": entry.table},
+    )
+
+
+def _marker(needed: Mapping[Group, frozenset[str]], pythons: frozenset[str]) -> Marker:
+    """True in each group on the Pythons that need it; `pythons` are all that the lock serves."""
+    groups_on: dict[frozenset[str], list[Group]] = {}
+    for group in GROUPS:
+        if group in needed:
+            groups_on.setdefault(needed[group], []).append(group)
+    terms = []
+    for some, groups in groups_on.items():
+        condition = " or ".join(f"'{group}' in dependency_groups" for group in groups)
+        if some != pythons:
+            versions = " or ".join(f"python_version == '{v}'" for v in sorted(some, key=Version))
+            condition = f"({condition}) and ({versions})"
+        terms.append(condition)
+    return Marker(" or ".join(terms) if len(terms) == 1 else " or ".join(f"({term})" for term in terms))
 
 
 def lock_text(pylock: Pylock) -> str:

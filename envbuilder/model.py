@@ -40,6 +40,11 @@ class BundleRecord(_Record):
     """Minor version that the files were chosen for, e.g. "3.12"."""
     lock_sha256: str
     tool_version: str
+    tool_wheel: str
+    """envbuilder's own wheel: file name in the bundle's `tool/` folder."""
+    tool_sha256: str
+    tool_files: tuple[str, ...]
+    """What envbuilder needs: file names in the bundle's `files/` folder (the lock's `tool` group)."""
     trainer_wheel: str | None
     """File name in the bundle's `tool/` folder."""
     trainer_sha256: str | None

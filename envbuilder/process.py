@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,8 @@ class Completed:
     returncode: int
     output: str
     """stdout and stderr in the order they came."""
+    timed_out: bool = False
+    """It was killed for taking longer than it was given."""
 
 
 def run(
@@ -27,8 +32,12 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     log: Path | None = None,
+    timeout_s: float | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> Completed:
-    """Runs `argv` to its end with no standard input; output goes to `log` too, as it comes.
+    """Runs `argv` to its end with no standard input; output goes to `log` and `on_line` too, as it comes.
+
+    After `timeout_s` seconds it is killed, with all that it started.
 
     Raises MismatchError where the program is not on this machine.
     """
@@ -43,6 +52,8 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            # A group of its own can be killed whole; without a time limit, Ctrl-C must reach it.
+            process_group=None if timeout_s is None else 0,
         )
     except FileNotFoundError as error:
         raise MismatchError(
@@ -51,10 +62,43 @@ def run(
             context={"command": " ".join(words)},
         ) from error
     lines: list[str] = []
-    with process, Path(log or os.devnull).open("a", encoding="utf-8") as sink:
+    with (
+        process,
+        Path(log or os.devnull).open("a", encoding="utf-8") as sink,
+        _killed_after(timeout_s, process) as overdue,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
             sink.write(line)
             sink.flush()
-    return Completed(words, process.returncode, "".join(lines))
+            if on_line is not None:
+                on_line(line)
+    return Completed(words, process.returncode, "".join(lines), timed_out=overdue.is_set())
+
+
+@contextmanager
+def _killed_after(timeout_s: float | None, process: subprocess.Popen[str]) -> Iterator[threading.Event]:
+    """Kills `process` and its group after `timeout_s` seconds, and when the block is left by an exception."""
+    overdue = threading.Event()
+    if timeout_s is None:
+        yield overdue
+        return
+
+    def give_up() -> None:
+        overdue.set()
+        kill_group()
+
+    def kill_group() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.start()
+    try:
+        yield overdue
+    except BaseException:
+        kill_group()
+        raise
+    finally:
+        timer.cancel()

@@ -6,17 +6,15 @@ Keys are written in kebab-case. An unknown key, a wrong type and an impossible v
 
 from __future__ import annotations
 
-import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from envbuilder.errors import InputError
+from envbuilder.toml_input import EnvName, Table, load_table, pattern
 
 
 def _requirement(text: str) -> str:
@@ -37,43 +35,24 @@ def _specifiers(text: str) -> str:
     return text
 
 
-def _pattern(pattern: str, what: str) -> AfterValidator:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not {what}")
-        return text
-
-    return AfterValidator(check)
-
-
 RequirementText = Annotated[str, AfterValidator(_requirement)]
-ComputeCapability = Annotated[str, _pattern(r"\d{1,2}\.\d[af]?", 'a compute capability such as "9.0"')]
+ComputeCapability = Annotated[str, pattern(r"\d{1,2}\.\d[af]?", 'a compute capability such as "9.0"')]
 # No dot: PEP 751 allows none in the NAME of pylock.NAME.toml.
-RecipeName = Annotated[str, _pattern(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, - and _")]
-IndexName = Annotated[str, _pattern(r"[a-z0-9][a-z0-9-]*", "an index's name of a-z, 0-9 and -")]
-EnvName = Annotated[str, _pattern(r"[A-Za-z_][A-Za-z0-9_]*", "an environment variable's name")]
+RecipeName = Annotated[str, pattern(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, - and _")]
+IndexName = Annotated[str, pattern(r"[a-z0-9][a-z0-9-]*", "an index's name of a-z, 0-9 and -")]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=lambda name: name.replace("_", "-"),
-        validate_by_name=True,
-    )
-
-
-class TargetSpec(_Table):
+class TargetSpec(Table):
     """`[target]`: the machines that the lock is for."""
 
     python: Annotated[str, AfterValidator(_specifiers)] = ">=3.11,<3.14"
     """Python versions that one lock serves."""
     machine: Literal["x86_64", "aarch64"] = "x86_64"
-    glibc: Annotated[str, _pattern(r"2\.\d+", 'a glibc version such as "2.28"')] = "2.28"
+    glibc: Annotated[str, pattern(r"2\.\d+", 'a glibc version such as "2.28"')] = "2.28"
     """The oldest glibc that the environment must run on."""
 
 
-class CudaSpec(_Table):
+class CudaSpec(Table):
     """`[cuda]`: GPU code in what is compiled."""
 
     compute_capabilities: tuple[ComputeCapability, ...] = Field(default=("9.0",), min_length=1)
@@ -91,7 +70,7 @@ class CudaSpec(_Table):
         return self
 
 
-class SourceBuild(_Table):
+class SourceBuild(Table):
     """`[build.PACKAGE]`: one package that is compiled from its sdist."""
 
     requires: tuple[RequirementText, ...] | None = None
@@ -104,14 +83,14 @@ class SourceBuild(_Table):
     """Extension modules that the wheel must hold, by their import names."""
 
 
-class Exclusion(_Table):
+class Exclusion(Table):
     """`[[exclude]]`: a requirement that a package declares and this use never imports."""
 
     package: str
     reason: Annotated[str, Field(min_length=1)]
 
 
-class Provided(_Table):
+class Provided(Table):
     """`[provided]`: packages of the machine (a module, a venv, a container), left out of the bundle."""
 
     python: str = "python3"
@@ -119,7 +98,7 @@ class Provided(_Table):
     packages: tuple[RequirementText, ...] = Field(min_length=1)
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A recipe file. `load_recipe` reads one."""
 
     name: RecipeName
@@ -160,38 +139,4 @@ class Recipe(_Table):
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in the TOML file `path`; InputError names the key that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(
-            f"There is no recipe at {path}.",
-            remedy="Give the path of a recipe, e.g. recipes/quickstart.toml.",
-            context={"file": path},
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The recipe {path} can't be read: {error}.",
-            remedy=f"Check that {path} is a readable UTF-8 text file.",
-            context={"file": path},
-        ) from error
-    try:
-        return Recipe.model_validate(tomllib.loads(text), by_name=False, by_alias=True)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(
-            f"The recipe {path} is not TOML: {error}.",
-            remedy=f"Mend {path} at the place named.",
-            context={"file": path},
-        ) from error
-    except ValidationError as error:
-        faults = [_fault(item["loc"], item["msg"]) for item in error.errors(include_url=False)]
-        raise InputError(
-            f"The recipe {path} is wrong: {'; '.join(faults)}.",
-            remedy=f"Mend the keys named in {path}; docs/recipes.md lists all keys.",
-            context={"file": path, "keys": ", ".join(sorted({fault.split(":")[0] for fault in faults}))},
-        ) from error
-
-
-def _fault(loc: tuple[int | str, ...], message: str) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    message = message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "unknown key")
-    return f"{key or 'recipe'}: {message}"
+    return load_table(path, Recipe, example="recipes/quickstart.toml", manual="docs/recipes.md")

@@ -17,6 +17,8 @@ from envbuilder.errors import MismatchError
 from envbuilder.recipe import TargetSpec
 
 _KNOWN_PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
+_PATCHES = 50
+"""More patch releases than any Python has had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,12 @@ class Target:
 def python_versions(spec: TargetSpec) -> tuple[str, ...]:
     """The minor Python versions that `spec` admits, oldest first."""
     wanted = SpecifierSet(spec.python)
-    # ".99" so that ">=3.11.4" admits 3.11 and ">3.11" does too; "<3.14" then refuses 3.14.
-    return tuple(v for v in _KNOWN_PYTHONS if wanted.contains(f"{v}.99") or wanted.contains(f"{v}.0"))
+    return tuple(python for python in _KNOWN_PYTHONS if admits(wanted, python))
+
+
+def admits(wanted: SpecifierSet, python: str) -> bool:
+    """Whether `wanted` holds for some patch release of minor version `python`."""
+    return any(wanted.contains(f"{python}.{patch}") for patch in range(_PATCHES))
 
 
 def target_for(spec: TargetSpec, python: str) -> Target:

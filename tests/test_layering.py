@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 
-PURE = {"errors", "recipe", "target", "lock", "model", "report", "paths"}
+PURE = {"errors", "toml_input", "recipe", "target", "lock", "model", "report", "paths"}
 STAGES = {"locking", "fetch", "compile", "install", "doctor", "slurm", "train"}
 TOP = {"cli", "__main__", "session", "summary", "display"}
 

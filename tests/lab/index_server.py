@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import re
+import sys
 import threading
 import zipfile
 from dataclasses import dataclass, field
@@ -19,9 +20,15 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
+import httpx
 from packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
 
 _JSON = "application/vnd.pypi.simple.v1+json"
+
+
+def loopback_client(auth: tuple[str, str] | None = None) -> httpx.Client:
+    """A client for servers on loopback: no proxy, and no time spent on reading certificates."""
+    return httpx.Client(auth=auth, verify=False, trust_env=False)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,22 @@ class Fault:
     """Send the body chunked, without a Content-Length."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        # A client that was killed, or stopped reading, is what some tests are about.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 class IndexServer:
     """Serves the wheels and sdists lying in `folder`; a context manager.
 
-    faults: file name → faults for the coming requests of that file, first to last; then it's served rightly.
+    faults: file or project name → faults for the coming requests of that file or page (pages know `status`,
+        `headers` and `body`), first to last; then it's served rightly.
     announced_sha256: file name → what index pages say in place of the true hash (None: they say none).
     announced_size: the same for sizes, JSON only.
+    html_only: answer with PEP 503 pages whatever the client accepts.
+    yanked: names of the files that the index pages call yanked (PEP 592).
     requires_python: file name → a specifier for the index pages; otherwise from the wheel's metadata.
     requests: every request so far: its path and its headers, with lower-case names.
     """
@@ -59,10 +76,12 @@ class IndexServer:
         self.faults: dict[str, list[Fault]] = {}
         self.announced_sha256: dict[str, str | None] = {}
         self.announced_size: dict[str, int | None] = {}
+        self.html_only = False
+        self.yanked: set[str] = set()
         self.requires_python: dict[str, str] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         )
@@ -119,7 +138,10 @@ class IndexServer:
         if path.name in self.requires_python:
             return self.requires_python[path.name]
         metadata = wheel_metadata(path)
-        return metadata and BytesParser().parsebytes(metadata, headersonly=True)["Requires-Python"]
+        if metadata is None:
+            return None
+        header = BytesParser().parsebytes(metadata, headersonly=True)["Requires-Python"]
+        return None if header is None else str(header)
 
 
 @lru_cache
@@ -148,17 +170,14 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             index.requests.append((path, {key.lower(): value for key, value in self.headers.items()}))
-            try:
-                if match := re.fullmatch(r"/simple/(?:([^/]+)/?)?", path):
-                    self.page(match[1])
-                elif match := re.fullmatch(r"/files/([^/]+)\.metadata", path):
-                    self.metadata(index.folder / match[1])
-                elif match := re.fullmatch(r"/files/([^/]+)", path):
-                    self.file(index.folder / match[1])
-                else:
-                    self.answer(404)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True  # the client was killed, or stopped reading
+            if match := re.fullmatch(r"/simple/(?:([^/]+)/?)?", path):
+                self.page(match[1])
+            elif match := re.fullmatch(r"/files/([^/]+)\.metadata", path):
+                self.metadata(index.folder / match[1])
+            elif match := re.fullmatch(r"/files/([^/]+)", path):
+                self.file(index.folder / match[1])
+            else:
+                self.answer(404)
 
         do_HEAD = do_GET
 
@@ -172,8 +191,11 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
 
         def page(self, name: str | None) -> None:
             projects = index.listing()
-            as_json = _JSON in self.headers.get("Accept", "")
-            if name is not None and canonicalize_name(name) not in projects:
+            as_json = _JSON in self.headers.get("Accept", "") and not index.html_only
+            if name is not None and index.faults.get(name):
+                fault = index.faults[name].pop(0)
+                self.answer(fault.status or 200, fault.headers, fault.body or b"")
+            elif name is not None and canonicalize_name(name) not in projects:
                 self.answer(404)
             elif as_json:
                 self.answer(200, {"Content-Type": _JSON}, json.dumps(self.json_page(name, projects)).encode())
@@ -201,6 +223,7 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
             entry["hashes"] = {"sha256": sha256} if sha256 else {}
             entry |= {"size": size} if size is not None else {}
             entry |= {"requires-python": python} if python else {}
+            entry |= {"yanked": True} if path.name in index.yanked else {}
             if metadata := wheel_metadata(path):
                 entry["core-metadata"] = {"sha256": hashlib.sha256(metadata).hexdigest()}
             return entry
@@ -213,6 +236,7 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
                 sha256, python = index.sha256(path), index.python(path)
                 fragment = f"#sha256={sha256}" if sha256 else ""
                 attribute = f' data-requires-python="{html.escape(python)}"' if python else ""
+                attribute += " data-yanked" if path.name in index.yanked else ""
                 links.append(f'<a href="../../files/{path.name}{fragment}"{attribute}>{path.name}</a><br>\n')
             return links
 

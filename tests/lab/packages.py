@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,8 @@ def _metadata(
 ) -> bytes:
     lines = [f"Metadata-Version: {metadata_version}", f"Name: {name}", f"Version: {version}"]
     lines += ["Dynamic: Requires-Dist"] if dynamic else []
+    extras = sorted({extra for text in requires for extra in re.findall(r"extra == '([^']+)'", text)})
+    lines += [f"Provides-Extra: {extra}" for extra in extras]
     lines += [f"Requires-Dist: {text}" for text in requires]
     return ("\n".join(lines) + "\n").encode()
 

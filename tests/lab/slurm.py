@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -313,10 +313,8 @@ class SlurmLab:
         self._cleanup.callback(_end, process)
 
     def _cancel_on_exit(self) -> None:
-        try:
+        with suppress(AssertionError):  # Where it fails, the namespaces' processes are killed in any case.
             self.cancel_all()
-        except (AssertionError, subprocess.CalledProcessError):
-            pass  # the namespaces' processes are killed in any case
 
     def _remove_namespace(self, space: str) -> None:
         for pid in _run(["ip", "netns", "pids", space]).split():

@@ -1,0 +1,13 @@
+"""Says what is wrong, proves it, and gives the command that mends it.
+
+A `Check` looks at one thing of a `Subject` and gives an `Outcome`; the checks lie one theme to a file under
+`checks/`. `run_checks` turns outcomes into the `Finding`s that the cli shows; `explain_log` makes findings of
+the log of a build or a job that failed.
+"""
+
+from __future__ import annotations
+
+from envbuilder.doctor.runner import CHECKS, run_checks
+from envbuilder.doctor.signatures import explain_log
+
+__all__ = ["CHECKS", "explain_log", "run_checks"]

@@ -1,0 +1,1 @@
+"""The checks, one theme to a file. Each file ends with its table `CHECKS`."""

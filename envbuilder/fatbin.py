@@ -1,0 +1,78 @@
+"""Reads which GPU architectures a binary holds code for, without any CUDA tool.
+
+nvcc embeds GPU code as "fatbinaries" in the ELF sections `.nv_fatbin` (and `__nv_relfatbin` for relocatable
+device code). The layout is not published; it was read off binaries that nvcc 11 to 13 made and compared with
+what `cuobjdump --list-elf` says about them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+
+_SECTIONS = (".nv_fatbin", "__nv_relfatbin")
+_MAGIC = 0xBA55ED50
+_CONTAINER = struct.Struct("<IHHQ")
+"""Magic, format version, header size, body size (bytes)."""
+_ENTRY = struct.Struct("<HHIQ12xI8xQ")
+"""Kind, -, header size, payload size (bytes), architecture (at 28), flags (at 40)."""
+_PREFIX = {1: "compute", 2: "sm", 8: "lto"}
+"""Kind of entry: PTX for a virtual architecture, machine code for a real one, code for a later link."""
+_SUFFIX = ((0x100000, "a"), (0x200000, "f"))
+"""Flags of architecture-specific ("90a") and family-specific ("100f") code."""
+
+
+class FatbinError(ValueError):
+    """A file is not an ELF binary, or its GPU code has a layout that this reader does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    name: str
+    size: int
+
+
+def gpu_architectures(path: Path) -> tuple[str, ...]:
+    """The architectures that the shared object or object file `path` has GPU code for, sorted.
+
+    "sm_90" is machine code, "compute_90" PTX. Empty where there is none. Raises FatbinError.
+    """
+    try:
+        with path.open("rb") as file:
+            sections = [
+                section.data() for section in ELFFile(file).iter_sections() if section.name in _SECTIONS
+            ]
+    except ELFError as error:
+        raise FatbinError(f"{path} is not an ELF binary: {error}") from error
+    try:
+        return tuple(sorted({image.name for data in sections for image in _images(data)}))
+    except (struct.error, KeyError) as error:
+        raise FatbinError(f"{path} holds GPU code of an unknown layout") from error
+
+
+def _images(section: bytes) -> Iterator[_Image]:
+    offset = 0
+    while offset + _CONTAINER.size <= len(section):
+        magic, _, header, body = _CONTAINER.unpack_from(section, offset)
+        if magic != _MAGIC:
+            offset += 8  # padding: containers begin at multiples of 8
+            continue
+        begin, end = offset + header, offset + header + body
+        while begin < end:
+            image = _image(section, begin)
+            yield image
+            begin += image.size
+        offset = (end + 7) // 8 * 8
+
+
+def _image(section: bytes, offset: int) -> _Image:
+    kind, _, header, payload, architecture, flags = _ENTRY.unpack_from(section, offset)
+    if header < _ENTRY.size:
+        raise KeyError("header")
+    suffix = "".join(letter for flag, letter in _SUFFIX if flags & flag)
+    return _Image(f"{_PREFIX[kind]}_{architecture}{suffix}", header + payload)

@@ -1,0 +1,12 @@
+"""fetch: source lock → bundle. Brings every locked file, checked, and the tool itself; a second run, nothing.
+
+plan       which of the files are in place, which come from the store or the index   (files.py)
+transfer   those that are missing, in parallel, into the store, then the bundle      (files.py)
+selfpack   wheels of envbuilder and its trainer, from what is running                (selfpack.py)
+stage      puts the bundle together, `bundle.json` last                              (stage.py)
+start.py   goes into the bundle: sets up the tool on a machine without internet
+"""
+
+from envbuilder.fetch.stage import FetchReport, fetch_bundle
+
+__all__ = ["FetchReport", "fetch_bundle"]

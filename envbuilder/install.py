@@ -1,0 +1,197 @@
+"""Makes an environment from bundle and wheelhouse alone, on either kind of node.
+
+It is made beside its place and moved there whole, with its receipt and its env lock in it: an environment
+without a receipt is not one. Where the receipt already says what would be made, nothing is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from envbuilder.atomic import fsync_folder, make_folder, write_atomically
+from envbuilder.bundle import TOOL, bundle_file
+from envbuilder.envlock import ENV_LOCK, WheelFile, bundle_wheel, env_lock_text
+from envbuilder.errors import IntegrityError, MismatchError
+from envbuilder.gpu import wanted_capabilities
+from envbuilder.interpreter import Interpreter, check_interpreter, find_provided, inspect_interpreter
+from envbuilder.lock import LockedFile
+from envbuilder.model import Bundle, EnvReceipt, Extension, InstalledPackage, ProvidedPackages, read_record
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe, SourceBuild
+from envbuilder.report import Reporter
+from envbuilder.target import target_for
+from envbuilder.venv import install_wheels, make_venv
+from envbuilder.wheelhouse import find_built
+
+RECEIPT = "envbuilder.json"
+_ACTIVATION = ("activate", "activate.csh", "activate.fish", "Activate.ps1")
+
+
+@dataclass(frozen=True, slots=True)
+class InstallReport:
+    """What `install_env` did."""
+
+    path: Path
+    """The env's folder."""
+    receipt: EnvReceipt
+    seconds: float
+
+
+def install_env(
+    recipe: Recipe, bundle: Bundle, *, root: Root, python: Path, reporter: Reporter
+) -> InstallReport:
+    """Makes the env of `recipe` for interpreter `python`, or leaves it where it is what would be made.
+
+    Raises MismatchError where a source package has not been compiled for this machine or a provided package
+    is missing, IntegrityError where a file is not the one that was locked or built. Then the env that was
+    there is still there.
+    """
+    began = time.monotonic()
+    interpreter = inspect_interpreter(python)
+    check_interpreter(interpreter, recipe.target, bundle.record)
+    provided = find_provided(recipe, python)
+    wheels, extensions = _choose_wheels(recipe, bundle, root, interpreter, provided)
+    receipt = EnvReceipt(
+        recipe=recipe.name,
+        lock_sha256=bundle.lock.digest,
+        python=interpreter.version,
+        compute_capabilities=wanted_capabilities(recipe.cuda),
+        packages=tuple(wheel.package for wheel in wheels),
+        extensions=extensions,
+        provided=provided,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    folder = root.env(recipe.name)
+    if there := _same_env(folder, receipt):
+        reporter.note(f"{folder} is already what the lock and the wheelhouse say")
+        return InstallReport(folder, there, time.monotonic() - began)
+    reporter.stage(f"installing {len(wheels)} packages into {folder}")
+    _make_env(folder, interpreter, provided, wheels, receipt)
+    return InstallReport(folder, receipt, time.monotonic() - began)
+
+
+def _choose_wheels(
+    recipe: Recipe, bundle: Bundle, root: Root, interpreter: Interpreter, provided: ProvidedPackages | None
+) -> tuple[list[WheelFile], tuple[Extension, ...]]:
+    """The wheels of the env, sorted by name, and the extension modules in the built ones."""
+    files = bundle.lock.select(target_for(recipe.target, interpreter.minor), ("runtime",))
+    locked_torch = next((file.version for file in files if file.package == "torch"), None)
+    torch = provided.versions.get("torch", locked_torch) if provided else locked_torch
+    wheels: list[WheelFile] = []
+    extensions: list[Extension] = []
+    for file in files:
+        if not file.is_sdist:
+            wheels.append(bundle_wheel(file, bundle_file(bundle, file)))
+            continue
+        built = find_built(
+            root,
+            sdist_sha256=file.sha256,
+            python=interpreter.minor,
+            torch=torch,
+            compute_capabilities=wanted_capabilities(recipe.cuda),
+            environment=recipe.build.get(file.package, SourceBuild()).env,
+        )
+        if built is None:
+            raise _not_compiled(recipe, file, interpreter, torch)
+        package = InstalledPackage(
+            name=file.package,
+            version=file.version,
+            wheel=built.receipt.wheel,
+            sha256=built.receipt.wheel_sha256,
+            origin="wheelhouse",
+        )
+        wheels.append(WheelFile(package, built.path, built.path.stat().st_size))
+        extensions += built.receipt.extensions
+    if trainer := _trainer_wheel(bundle):
+        wheels.append(trainer)
+    return sorted(wheels, key=lambda wheel: wheel.package.name), tuple(extensions)
+
+
+def _trainer_wheel(bundle: Bundle) -> WheelFile | None:
+    """The trainer's own wheel, for a bundle that brings it."""
+    name, sha256 = bundle.record.trainer_wheel, bundle.record.trainer_sha256
+    if name is None or sha256 is None:
+        return None
+    path = bundle.path / TOOL / name
+    if not path.is_file():
+        raise MismatchError(
+            f"The bundle {bundle.path} lacks the trainer's wheel.",
+            remedy=f"envbuilder fetch recipes/{bundle.record.recipe}.toml",
+            context={"file": path},
+        )
+    distribution, version, *_ = name.split("-")
+    package = InstalledPackage(
+        name=distribution.replace("_", "-"), version=version, wheel=name, sha256=sha256, origin="tool"
+    )
+    return WheelFile(package, path, path.stat().st_size)
+
+
+def _not_compiled(
+    recipe: Recipe, file: LockedFile, interpreter: Interpreter, torch: str | None
+) -> MismatchError:
+    return MismatchError(
+        f"{file.package} {file.version} has not been compiled for this machine.",
+        remedy=f"On a compute node: envbuilder compile recipes/{recipe.name}.toml --local",
+        context={
+            "sdist": file.filename,
+            "python": interpreter.minor,
+            "torch": torch,
+            "compute capabilities": ", ".join(wanted_capabilities(recipe.cuda)),
+        },
+    )
+
+
+def _same_env(folder: Path, wanted: EnvReceipt) -> EnvReceipt | None:
+    """The receipt of the env in `folder`, if it says all that `wanted` says."""
+    try:
+        there = read_record(folder / RECEIPT, EnvReceipt, remedy="")
+    except IntegrityError:
+        return None
+    return there if there.model_copy(update={"created_at": wanted.created_at}) == wanted else None
+
+
+def _make_env(
+    folder: Path,
+    interpreter: Interpreter,
+    provided: ProvidedPackages | None,
+    wheels: Sequence[WheelFile],
+    receipt: EnvReceipt,
+) -> None:
+    """Makes the env beside `folder`, then puts it there; what was there goes only then."""
+    make_folder(folder.parent)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
+    old = made.with_suffix(".old")
+    try:
+        make_venv(interpreter, made, provided)
+        install_wheels(
+            made,
+            wheels,
+            scratch=made,
+            remedy=f"envbuilder fetch recipes/{receipt.recipe}.toml --verify",
+        )
+        for name in _ACTIVATION:
+            script = made / "bin" / name
+            script.write_text(script.read_text(encoding="utf-8").replace(str(made), str(folder)), "utf-8")
+        # Its place is not deeper or higher than this one, so relative paths stay right.
+        write_atomically(made / ENV_LOCK, env_lock_text(wheels, made))
+        write_atomically(made / RECEIPT, receipt.model_dump_json(indent=2) + "\n")
+        made.chmod(folder.parent.stat().st_mode & 0o7777)
+        with suppress(FileNotFoundError):
+            folder.rename(old)
+        try:
+            made.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,22 @@
+"""Reading what uv and pip-compile have in common: a requirements file of pinned versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from envbuilder.resolve.protocol import Versions
+
+
+def read_pins(path: Path) -> Versions:
+    """The versions in a requirements file of `name==version` lines."""
+    versions = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if text and not text.startswith("-"):
+            requirement = Requirement(text)
+            (pin,) = requirement.specifier
+            versions[canonicalize_name(requirement.name)] = pin.version
+    return versions

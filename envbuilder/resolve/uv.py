@@ -1,0 +1,119 @@
+"""uv as the resolver: `uv pip compile` for one target Python and platform."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from uv import find_uv_bin
+
+from envbuilder.errors import InputError, NetworkError
+from envbuilder.pip_settings import network_environment
+from envbuilder.process import run
+from envbuilder.resolve.pinned import read_pins
+from envbuilder.resolve.protocol import Request, Versions
+from envbuilder.resolve.stubs import write_stubs
+
+# The glibc versions that uv knows as --python-platform.
+_GLIBC_MINORS = (17, 28, *range(31, 41))
+_UNREACHABLE = re.compile(r"Failed to fetch|error sending request|Request failed|HTTP status", re.IGNORECASE)
+
+
+class UvResolver:
+    """The default resolver."""
+
+    name = "uv"
+
+    def resolve(self, request: Request) -> Versions:
+        with tempfile.TemporaryDirectory(prefix="envbuilder-uv-") as temporary:
+            folder = Path(temporary)
+            write_stubs(folder / "stubs", request.known, request.target)
+            (folder / "pyproject.toml").write_text(tomli_w.dumps(_project(request)), encoding="utf-8")
+            (folder / "uv.toml").write_text(tomli_w.dumps(_settings(request)), encoding="utf-8")
+            (folder / "constraints.txt").write_text("\n".join(request.constraints) + "\n", encoding="utf-8")
+            pins = folder / "pins.txt"
+            completed = run(
+                [
+                    *(find_uv_bin(), "pip", "compile"),
+                    # This file alone: none of the user's or of the machine's.
+                    *("--config-file", folder / "uv.toml"),
+                    *("--find-links", folder / "stubs"),
+                    # Only wheels, stubs among them: so nothing is ever built to learn its metadata.
+                    *("--only-binary", ":all:"),
+                    *("--python", sys.executable),
+                    *("--python-version", request.target.python),
+                    *("--python-platform", _platform(request)),
+                    *("--constraints", folder / "constraints.txt"),
+                    *("--cache-dir", request.cache / "uv"),
+                    *("--no-header", "--no-annotate", "--no-progress", "--color", "never"),
+                    *("--output-file", pins),
+                    folder / "pyproject.toml",
+                ],
+                # In the environment, where other users of the machine don't see its credentials.
+                env=network_environment() | {"UV_DEFAULT_INDEX": request.indexes["default"]},
+                cwd=folder,
+            )
+            if completed.returncode != 0:
+                raise _failure(request, completed.output)
+            return read_pins(pins)
+
+
+def _project(request: Request) -> dict[str, Any]:
+    """A project with the requirements; only a project can bind a package to one index."""
+    direct = {canonicalize_name(Requirement(text).name) for text in request.requirements}
+    bound = {name: {"index": index} for name, index in request.bindings.items() if name in direct}
+    indexes = [
+        {"name": name, "url": request.indexes[name], "explicit": True}
+        for name in sorted({binding["index"] for binding in bound.values()})
+    ]
+    return {
+        "project": {"name": "envbuilder-recipe", "version": "0", "dependencies": list(request.requirements)},
+        "tool": {"uv": {"sources": bound, "index": indexes}},
+    }
+
+
+def _settings(request: Request) -> Mapping[str, Any]:
+    return {
+        "exclude-dependencies": sorted(request.excluded),
+        # Said again beside the stubs: where an index has the same version, uv may look at that wheel instead.
+        "dependency-metadata": [
+            {
+                "name": package.name,
+                "version": version,
+                "requires-dist": list(package.requires),
+                "provides-extra": list(package.extras),
+            }
+            for package in request.known
+            for version in package.versions
+        ],
+    }
+
+
+def _platform(request: Request) -> str:
+    machine = request.target.environment["platform_machine"]
+    own = int(request.glibc.split(".")[1])
+    minor = max((known for known in _GLIBC_MINORS if known <= own), default=_GLIBC_MINORS[0])
+    return f"{machine}-manylinux_2_{minor}"
+
+
+def _failure(request: Request, output: str) -> InputError | NetworkError:
+    said = output[output.find("error:") :].removeprefix("error:") if "error:" in output else output
+    explanation = " ".join(said.replace("cause:", "").split())
+    if "No solution found" not in output and _UNREACHABLE.search(output):
+        return NetworkError(
+            f"An index failed while uv was resolving {request.what}.",
+            remedy="Check that the index is reachable, then run the same command again.",
+            context={"python": request.target.python, "uv": explanation},
+        )
+    return InputError(
+        f"No versions fit {request.what} for Python {request.target.python}.",
+        remedy=request.remedy,
+        context={"python": request.target.python, "uv": explanation},
+    )

@@ -1,0 +1,249 @@
+"""compile_recipe on packages without CUDA: a build backend of our own, so no index and no toolchain."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from envbuilder.compile import CompileReport, compile_recipe
+from envbuilder.errors import BuildError, InputError, IntegrityError, MismatchError
+from envbuilder.model import Bundle
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from envbuilder.report import Quiet
+from envbuilder.sandbox import Sandbox, find_sandbox
+from envbuilder.wheelhouse import find_built
+from tests.lab.bundles import make_bundle
+from tests.lab.packages import make_sdist, make_wheel
+
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+SOURCE = Path(__file__).parent.parent / "packages" / "plain"
+
+
+def recipe_of(environment: Mapping[str, str] | None = None) -> Recipe:
+    return Recipe.model_validate(
+        {"name": "lab", "requirements": ["plain"], "build": {"plain": {"env": dict(environment or {})}}}
+    )
+
+
+def bundle_of(folder: Path, recipe: Recipe, **files: str) -> Bundle:
+    """A bundle with the sdist `plain` and one wheel for its build; `files` are added to the sdist."""
+    (folder / "made").mkdir(exist_ok=True)
+    members = {path.name: path.read_text(encoding="utf-8") for path in SOURCE.iterdir() if path.is_file()}
+    added = {name.replace("_", "."): text for name, text in files.items()}
+    sdist = make_sdist(folder / "made", "plain", "1.0", files=members | added)
+    helper = make_wheel(folder / "made", "build-helper", "1.0")
+    return make_bundle(Root(folder / "root"), recipe, {sdist: ["runtime"], helper: ["build"]}, python=PYTHON)
+
+
+def build(
+    folder: Path, recipe: Recipe, bundle: Bundle, *, rebuild: bool = False, require_isolation: bool = False
+) -> CompileReport:
+    return compile_recipe(
+        recipe,
+        bundle,
+        root=Root(folder / "root"),
+        python=Path(sys.executable),
+        reporter=Quiet(),
+        rebuild=rebuild,
+        require_isolation=require_isolation,
+    )
+
+
+def left_over(folder: Path) -> list[Path]:
+    """What a compile has left that it should not have."""
+    root = Root(folder / "root")
+    return [*root.cache.glob("*"), *root.wheelhouse.glob("*")]
+
+
+def seen(report: CompileReport) -> dict[str, object]:
+    """What the build backend could see."""
+    with zipfile.ZipFile(report.wheels[0].path) as wheel:
+        return dict(json.loads(wheel.read("plain_seen.json")))
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """A port on the loopback interface that answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_built_wheel_is_in_the_wheelhouse_with_its_receipt(tmp_path: Path) -> None:
+    recipe = recipe_of({"PLAIN_BEHAVIOUR": "good"})
+    report = build(tmp_path, recipe, bundle_of(tmp_path, recipe))
+    (built,) = report.wheels
+    assert report.reused == ()
+    assert built.path.parent == Root(tmp_path / "root").wheelhouse / built.receipt.key
+    assert built.path.name == f"plain-1.0-1_{built.receipt.key.rpartition('-')[2]}-py3-none-any.whl"
+    assert built.receipt.environment["PLAIN_BEHAVIOUR"] == "good"
+    assert built.receipt.isolation == find_sandbox().isolation
+    assert (
+        find_built(
+            Root(tmp_path / "root"),
+            sdist_sha256=built.receipt.sdist_sha256,
+            python=PYTHON,
+            torch=None,
+            compute_capabilities=(),
+        )
+        == built
+    )
+    assert list((tmp_path / "root" / "cache").iterdir()) == []
+
+
+def test_a_second_compile_takes_what_is_there_and_rebuild_does_not(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    first = build(tmp_path, recipe, bundle)
+    second = build(tmp_path, recipe, bundle)
+    assert (second.wheels, second.reused) == (first.wheels, ("plain",))
+    assert build(tmp_path, recipe, bundle, rebuild=True).reused == ()
+
+
+@pytest.mark.parametrize("damage", ["wheel", "receipt"])
+def test_a_damaged_wheel_or_receipt_is_not_taken(tmp_path: Path, damage: str) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    (built,) = build(tmp_path, recipe, bundle).wheels
+    damaged = built.path if damage == "wheel" else built.path.parent / "receipt.json"
+    damaged.chmod(0o644)
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    again = build(tmp_path, recipe, bundle)
+    assert again.reused == ()
+    assert build(tmp_path, recipe, bundle).reused == ("plain",)
+
+
+def test_another_variable_for_the_build_makes_another_wheel(tmp_path: Path) -> None:
+    one, other = recipe_of({"PLAIN_BEHAVIOUR": "one"}), recipe_of({"PLAIN_BEHAVIOUR": "other"})
+    first = build(tmp_path, one, bundle_of(tmp_path, one))
+    second = build(tmp_path, other, bundle_of(tmp_path, other))
+    assert second.reused == ()
+    assert first.wheels[0].path != second.wheels[0].path
+    assert first.wheels[0].path.exists()
+
+
+def test_a_build_reaches_no_network_no_home_and_no_token(
+    tmp_path: Path, listening: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"HF_TOKEN": "t", "PIP_INDEX_URL": "u", "PYTHONPATH": "/p", "AWS_SECRET_ACCESS_KEY": "k"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    recipe = recipe_of()
+    report = build(tmp_path, recipe, bundle_of(tmp_path, recipe, port_txt=str(listening)))
+    found = seen(report)
+    isolated = report.wheels[0].receipt.isolation == "network-namespace"
+    assert found["reached"] is not isolated
+    assert found["home"] == []
+    environment = found["environment"]
+    assert isinstance(environment, dict)
+    assert not secrets.keys() & environment.keys()
+    assert environment["HOME"] != os.environ["HOME"]
+    assert Path(environment["PATH"].split(os.pathsep)[0]).is_relative_to(tmp_path / "root" / "cache")
+
+
+def test_a_failing_build_says_why_and_leaves_only_its_log(tmp_path: Path) -> None:
+    recipe = recipe_of({"PLAIN_BEHAVIOUR": "fails"})
+    with pytest.raises(BuildError) as caught:
+        build(tmp_path, recipe, bundle_of(tmp_path, recipe))
+    assert "unknown type name 'nonsense'" in caught.value.context["last lines"]
+    assert caught.value.remedy == f"envbuilder doctor --log {caught.value.context['log']}"
+    assert "nonsense" in Path(caught.value.context["log"]).read_text(encoding="utf-8")
+    assert left_over(tmp_path) == []
+
+
+def test_a_build_of_another_version_than_the_locks_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of({"PLAIN_BEHAVIOUR": "other-version"})
+    with pytest.raises(BuildError, match=r"it made plain 2\.0"):
+        build(tmp_path, recipe, bundle_of(tmp_path, recipe))
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["plain-1.0.tar.gz", "build_helper-1.0-py3-none-any.whl"])
+def test_one_changed_byte_in_the_bundle_is_found(tmp_path: Path, name: str) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    path = bundle.path / "files" / name
+    data = bytearray(path.read_bytes())
+    # A time stamp in an archive's header: the archive still reads well.
+    place = 4 if name.endswith(".gz") else data.index(b"PK\x01\x02") + 12
+    data[place] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        build(tmp_path, recipe, bundle)
+    assert caught.value.context["file"] == str(path)
+    assert caught.value.context["expected"] != caught.value.context["got"]
+    assert caught.value.remedy == "envbuilder fetch recipes/lab.toml --verify"
+    assert left_over(tmp_path) == []
+
+
+def test_without_a_cpp_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MismatchError, match=r"no C\+\+ compiler") as caught:
+        build(tmp_path, recipe, bundle)
+    assert "apt install g++" in caught.value.remedy
+    assert left_over(tmp_path) == []
+
+
+def test_where_isolation_is_required_and_impossible_nothing_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    monkeypatch.setattr("envbuilder.sandbox._UNSHARE", (("false", "--"),))
+    with pytest.raises(MismatchError, match="no network namespace"):
+        build(tmp_path, recipe, bundle, require_isolation=True)
+    assert build(tmp_path, recipe, bundle).wheels[0].receipt.isolation == "none"
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sandbox, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, recipe, bundle)
+    assert left_over(tmp_path) == []
+
+
+def test_a_bundle_for_another_python_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    other = bundle.model_copy(update={"record": bundle.record.model_copy(update={"python": "3.9"})})
+    with pytest.raises(MismatchError, match=r"is for CPython 3\.9"):
+        build(tmp_path, recipe, other)
+
+
+def test_a_build_requirement_without_a_wheel_is_refused(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    files = bundle.path / "files"
+    helper = make_sdist(tmp_path / "made", "helper", "1.0")
+    sources = {files / "plain-1.0.tar.gz": ("runtime",), helper: ("build",)}
+    kept = {(tmp_path / "made" / path.name): groups for path, groups in sources.items()}
+    bundle = make_bundle(Root(tmp_path / "root"), recipe, kept, python=PYTHON)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="The build needs helper"):
+        build(tmp_path, recipe, bundle)
+
+
+def test_a_bundle_of_wheels_alone_has_nothing_to_compile(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    (tmp_path / "made").mkdir()
+    wheel = make_wheel(tmp_path / "made", "plain", "1.0")
+    bundle = make_bundle(Root(tmp_path / "root"), recipe, {wheel: ["runtime"]}, python=PYTHON)
+    report = build(tmp_path, recipe, bundle)
+    assert (report.wheels, report.reused) == ((), ())

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from envbuilder.model import ProvidedPackages
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from tests.doctor.conftest import TinyEnv, cuda_recipe, make_lock, run_one
+from tests.lab.packages import make_wheel
+
+
+def test_a_missing_env_is_named_with_the_command_that_makes_it(root: Root) -> None:
+    recipe = Recipe(name="tiny", requirements=("tiny",))
+    finding = run_one("env.lock", root=root, recipe=recipe, lock=make_lock())
+    assert finding.verdict == "failed"
+    assert str(root.env("tiny")) in finding.summary
+    assert finding.remedy == "envbuilder install recipes/tiny.toml"
+
+
+def test_an_env_of_another_lock_is_found(env: TinyEnv) -> None:
+    assert env.check("env.lock").verdict == "ok"
+    env.lock = make_lock(digest="1" * 64)
+    finding = env.check("env.lock")
+    assert finding.verdict == "failed"
+    assert any(env.lock.digest in line for line in finding.evidence)
+
+
+def test_an_env_lock_that_is_gone_or_damaged_is_found(env: TinyEnv) -> None:
+    lock = env.folder / "pylock.toml"
+    text = lock.read_text(encoding="utf-8")
+    for content in (
+        text[: len(text) // 2],
+        "packages = 3",
+        text.replace('version = "2.0"', 'version = "2.1"'),
+    ):
+        lock.write_text(content, encoding="utf-8")
+        assert env.check("env.lock").verdict == "failed"
+    lock.unlink()
+    assert env.check("env.lock").verdict == "failed"
+
+
+def test_a_stray_distribution_is_named(env: TinyEnv, tmp_path: Path) -> None:
+    assert env.check("env.distributions").verdict == "ok"
+    env.install(make_wheel(tmp_path, "stray", "0.1"))
+    finding = env.check("env.distributions")
+    assert finding.verdict == "failed"
+    assert finding.evidence[0].startswith("stray 0.1 is not in the lock")
+
+
+def test_a_distribution_of_another_version_is_named(env: TinyEnv, tmp_path: Path) -> None:
+    env.install(make_wheel(tmp_path, "other", "3.0"))
+    finding = env.check("env.distributions")
+    assert finding.verdict == "failed"
+    assert finding.evidence[0].startswith("other is 3.0 and not 2.0")
+
+
+def test_a_missing_distribution_is_named(env: TinyEnv) -> None:
+    info = env.site_packages / "tiny-1.0.dist-info"
+    info.rename(env.folder / "elsewhere")
+    assert env.check("env.distributions").evidence == ("tiny 1.0 is missing",)
+
+
+def test_a_distribution_that_is_there_twice_is_named(env: TinyEnv) -> None:
+    twin = env.site_packages / "tiny-0.9.dist-info"
+    twin.mkdir()
+    (twin / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 0.9\n", encoding="utf-8")
+    finding = env.check("env.distributions")
+    assert finding.verdict == "failed"
+    assert len([line for line in finding.evidence if "2 times" in line]) == 2
+
+
+def test_a_changed_byte_in_an_installed_file_is_found(env: TinyEnv) -> None:
+    assert env.check("env.records").verdict == "ok"
+    module = env.site_packages / "tiny.py"
+    data = bytearray(module.read_bytes())
+    data[0] ^= 1
+    module.write_bytes(data)
+    finding = env.check("env.records")
+    assert finding.verdict == "failed"
+    assert finding.evidence == (f"{module} has other bytes",)
+
+
+def test_a_missing_installed_file_is_named(env: TinyEnv) -> None:
+    (env.site_packages / "other.py").unlink()
+    assert env.check("env.records").evidence == (f"{env.site_packages / 'other.py'} is missing",)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "tiny.py,sha256=x", "tiny.py,no-digest,1", b"\xff\xfe", "tiny.py,crc=AAAA,1"]
+)
+def test_a_missing_or_damaged_record_is_a_failure(env: TinyEnv, content: str | bytes | None) -> None:
+    record = env.site_packages / "tiny-1.0.dist-info" / "RECORD"
+    record.unlink()
+    if content is not None:
+        record.write_bytes(content if isinstance(content, bytes) else content.encode())
+    finding = env.check("env.records")
+    assert finding.verdict == "failed"
+    assert "tiny" in finding.evidence[0]
+
+
+def test_of_many_changed_files_some_are_shown_and_the_rest_counted(make_env: Callable[..., TinyEnv]) -> None:
+    env = make_env(files={f"many/m{number}.py": "" for number in range(30)})
+    for module in (env.site_packages / "many").iterdir():
+        module.unlink()
+    finding = env.check("env.records")
+    assert finding.summary.startswith("30 of ")
+    assert len(finding.evidence) == 21
+    assert finding.evidence[-1] == "… and 10 more"
+
+
+def test_extension_modules_are_imported_after_torch_by_the_envs_interpreter(
+    make_env: Callable[..., TinyEnv],
+) -> None:
+    module = "import sys\nassert 'torch' in sys.modules\nassert sys.prefix.endswith('envs/tiny')\n"
+    env = make_env(recipe=cuda_recipe("ext"), files={"torch/__init__.py": "", "ext.py": module})
+    assert env.check("env.imports").verdict == "ok"
+
+
+def test_an_extension_that_does_not_import_is_named_with_its_error_and_a_fitting_remedy(
+    make_env: Callable[..., TinyEnv],
+) -> None:
+    broken = "raise ImportError('ext.so: undefined symbol: _ZN3c105ErrorC2E')\n"
+    env = make_env(recipe=cuda_recipe("ext"), files={"torch/__init__.py": "", "ext.py": broken})
+    finding = env.check("env.imports")
+    assert finding.verdict == "failed"
+    assert "undefined symbol" in finding.evidence[0]
+    assert finding.remedy is not None
+    assert "envbuilder compile recipes/tiny.toml --local --rebuild" in finding.remedy
+
+
+def test_an_extension_that_crashes_the_interpreter_is_a_failure(make_env: Callable[..., TinyEnv]) -> None:
+    crash = "import os\nprint('about to crash', flush=True)\nos.abort()\n"
+    env = make_env(recipe=cuda_recipe("ext"), files={"torch/__init__.py": "", "ext.py": crash})
+    finding = env.check("env.imports")
+    assert finding.verdict == "failed"
+    assert "ended with -6" in finding.summary
+    assert any("about to crash" in line for line in finding.evidence)
+
+
+def test_a_recipe_without_extensions_skips_their_import(env: TinyEnv) -> None:
+    assert env.check("env.imports").verdict == "skipped"
+
+
+@pytest.fixture
+def provided(tmp_path: Path) -> ProvidedPackages:
+    """A provider's library folder with one package."""
+    folder = tmp_path / "provider"
+    info = folder / "big-5.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: big\nVersion: 5.0\n", encoding="utf-8")
+    return ProvidedPackages(python=sys.executable, site_packages=(str(folder),), versions={"big": "5.0"})
+
+
+def test_provided_packages_count_as_present(
+    make_env: Callable[..., TinyEnv], provided: ProvidedPackages
+) -> None:
+    finding = make_env(provided=provided).check("env.distributions")
+    assert finding.verdict == "ok"
+    assert "1 provided" in finding.summary
+
+
+def test_a_provided_package_that_the_machine_has_changed_is_named(
+    make_env: Callable[..., TinyEnv], provided: ProvidedPackages
+) -> None:
+    env = make_env(provided=provided)
+    metadata = Path(provided.site_packages[0], "big-5.0.dist-info", "METADATA")
+    metadata.write_text("Metadata-Version: 2.1\nName: big\nVersion: 5.1\n", encoding="utf-8")
+    assert "is now 5.1" in env.check("env.distributions").evidence[0]
+
+
+def test_an_env_that_no_longer_reaches_the_provider_is_found(
+    make_env: Callable[..., TinyEnv], provided: ProvidedPackages
+) -> None:
+    env = make_env(provided=provided)
+    (env.site_packages / "envbuilder-provided.pth").unlink()
+    assert "envbuilder-provided.pth" in env.check("env.distributions").evidence[0]

@@ -1,0 +1,49 @@
+"""The references that the GPU check is held against, and the comparison itself, in the env that has torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import envbuilder.doctor
+from envbuilder.process import run
+from tests.conftest import Quickstart
+
+pytestmark = pytest.mark.needs_env
+
+
+@pytest.fixture(scope="module")
+def found(quickstart: Quickstart) -> dict[str, Any]:
+    """What kernel_references.py prints: one interpreter for all tests, for torch is slow to import."""
+    script = Path(__file__).with_name("kernel_references.py")
+    ended = run([quickstart.python, script, Path(envbuilder.doctor.__file__).parent], timeout_s=120)
+    assert ended.returncode == 0, ended.output
+    return dict(json.loads(ended.output.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["convolution", "convolution_of_documents", "scan", "chunk_scan", "chunk_scan_of_documents", "mixer"],
+)
+def test_a_reference_agrees_with_another_way_to_compute_it(found: dict[str, Any], reference: str) -> None:
+    assert found[reference] < 1e-12
+
+
+def test_a_right_kernel_has_no_problem(found: dict[str, Any]) -> None:
+    assert found["a right kernel"] is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        ("a kernel that ignores documents", "is off by"),
+        ("a kernel with a wrong gradient", "gradient of x is off by"),
+        ("a kernel that leaves an element unwritten", "output has elements that are not finite"),
+        ("a kernel that raises", "KeyError"),
+    ],
+)
+def test_a_wrong_kernel_is_found(found: dict[str, Any], kernel: str, problem: str) -> None:
+    assert problem in found[kernel]

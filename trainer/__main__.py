@@ -1,0 +1,129 @@
+"""`python -m trainer CONFIG.yaml --run-dir DIR [--set section.key=value …]`, alone or under torchrun.
+
+Exit codes: 0 finished, 3 wrong config or data, 7 missing GPU or kernels, 10 training failed, 75 stopped
+in good order. torchrun turns them into 1, so `DIR/outcome.json`, written by rank 0 at the very end, is
+what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import FrameType
+
+from trainer.errors import EnvironmentMismatch, TrainerError, TrainingFailed
+from trainer.files import write_atomically
+from trainer.outcome import Progress, Status, write_outcome
+from trainer.reading import dump_config, read_config
+
+STOP_FILE = "stop"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+OFFLINE = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
+"""Compute nodes have no internet: transformers must not even try. Set before it is imported."""
+
+
+class StopRequest:
+    """Whether someone asked the run to stop: by a signal to this process or by the run's stop file."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / STOP_FILE
+        self._signalled = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def __call__(self) -> bool:
+        return self._signalled or self._file.exists()
+
+    def done(self) -> None:
+        """The request was met: the next run starts without it."""
+        self._file.unlink(missing_ok=True)
+
+
+def main() -> int:
+    """Runs the training that the command line asks for, and says with the exit code how it ended."""
+    parser = argparse.ArgumentParser(prog="trainer", description=__doc__.partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    run_dir: Path = arguments.run_dir.absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    first = os.environ.get("RANK", "0") == "0"
+    progress = Progress()
+    stop = StopRequest(run_dir)
+    error: TrainerError | None = None
+    try:
+        _run(arguments.config, run_dir, arguments.overrides, progress, stop, first=first)
+    except TrainerError as problem:
+        error = problem
+    except Exception as problem:  # a defect or a full GPU: the user still gets an outcome and a sentence
+        traceback.print_exc()
+        error = _unexpected(problem)
+    if first:
+        status: Status = "finished" if error is None else "stopped" if error.exit_code == 75 else "failed"
+        write_outcome(run_dir, status, progress, error)
+        if status == "stopped":
+            stop.done()
+    if error is None:
+        return 0
+    if first:
+        facts = "".join(f"\n  {key}: {value}" for key, value in error.context.items())
+        print(f"{error.message}{facts}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _run(
+    file: Path, run_dir: Path, overrides: list[str], progress: Progress, stop: StopRequest, *, first: bool
+) -> None:
+    config = read_config(file, overrides)
+    if first:
+        write_atomically(run_dir / "config.yaml", dump_config(config))
+    os.environ.update(OFFLINE)
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # among peft, transformers and torch; not the user's to mend
+    # torch takes seconds to import: a mistake in the config is told before.
+    from trainer.loop import train
+    from trainer.metrics import Metrics
+    from trainer.parallel import open_world
+
+    with open_world(config.device, timeout_minutes=config.distributed.timeout_minutes) as world:
+        metrics = Metrics(run_dir, rank=world.rank)
+        try:
+            train(config, run_dir, world, metrics, progress, stop)
+        finally:
+            metrics.close()
+
+
+def _unexpected(problem: Exception) -> TrainerError:
+    kind = type(problem).__name__
+    if isinstance(problem, ImportError):
+        return EnvironmentMismatch(
+            f"The environment lacks a package: {problem}",
+            remedy="envbuilder doctor",
+            context={"error": kind},
+        )
+    if kind == "OutOfMemoryError":
+        return TrainingFailed(
+            "The GPU's memory is full.",
+            remedy="lower step_scheduler.local_batch_size or dataset.seq_length, or set "
+            "distributed.activation_checkpointing: true",
+            context={"error": str(problem).splitlines()[0]},
+        )
+    return TrainingFailed(
+        f"Training broke off: {kind}: {(str(problem).splitlines() or [''])[0]}",
+        remedy="read the traceback above",
+        context={"error": kind},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

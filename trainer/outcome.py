@@ -1,0 +1,59 @@
+"""How far a run came and how it ended: `outcome.json`, the only source of its exit code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.errors import TrainerError
+from trainer.files import write_atomically
+
+Status = Literal["finished", "stopped", "failed"]
+
+
+@dataclass
+class Progress:
+    """How far the run came, kept up to date while it trains."""
+
+    steps: int = 0
+    first_loss: float | None = None
+    """Of the run's very first step, also after a resume."""
+    last_loss: float | None = None
+    first_step_seconds: float | None = None
+    """Of this process's first step: kernels are compiled and tuned in it."""
+    peak_memory_bytes: int | None = None
+    """The largest of all processes: GPU memory on CUDA, resident memory on a CPU."""
+    adapter: str | None = None
+    tokens: int = 0
+    """Of this process's steps after the first, over all ranks, without padding."""
+    seconds: float = 0.0
+    """Of the same steps."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The mean over this process's steps, the first left out."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
+def write_outcome(
+    run_dir: Path, status: Status, progress: Progress, error: TrainerError | None = None
+) -> None:
+    """Writes `outcome.json` atomically; the last thing that a run does."""
+    described = (
+        {"message": error.message, "remedy": error.remedy, "context": error.context} if error else None
+    )
+    outcome = {
+        "status": status,
+        "exit_code": error.exit_code if error else 0,
+        "error": described,
+        "first_loss": progress.first_loss,
+        "last_loss": progress.last_loss,
+        "steps": progress.steps,
+        "tokens_per_second": progress.tokens_per_second,
+        "peak_memory_bytes": progress.peak_memory_bytes,
+        "first_step_seconds": progress.first_step_seconds,
+        "adapter": progress.adapter,
+    }
+    write_atomically(run_dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")

@@ -1,0 +1,123 @@
+"""The processes of one run: who this one is, how they agree, and where the weights lie.
+
+One process holds the whole base model. Several shard it block by block (FSDP2) and gather a block's
+weights while it computes. The adapters are a few MB: every process holds them whole, in fp32, outside of
+FSDP, and their gradients are summed once for each optimizer step. So no group of sharded parameters mixes
+dtypes, clipping and checkpoints see whole tensors, and a checkpoint fits any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from trainer.errors import EnvironmentMismatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of the run and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The element-wise sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, on every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every process."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        received: T = values[0]
+        return received
+
+
+@contextmanager
+def open_world(device: str, *, timeout_minutes: int) -> Iterator[World]:
+    """Joins the processes that torchrun started; alone without torchrun.
+
+    Raises EnvironmentMismatch if a GPU is asked for and there is none for this process.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=place if device == "cuda" else None,
+    )
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= available:
+        raise EnvironmentMismatch(
+            f"The config asks for CUDA, and process {local_rank} of this node finds {available} GPUs.",
+            remedy="nvidia-smi  # on a GPU node; or set `device: cpu` for a small model",
+            context={
+                "key": "device",
+                "torch": f"{torch.__version__} (CUDA {torch.version.cuda})",
+                "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "not set"),
+            },
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def place(
+    model: nn.Module, blocks: Sequence[nn.Module], adapters: Sequence[nn.Parameter], world: World
+) -> None:
+    """Shards the frozen base over all processes, one FSDP unit a block; a single process keeps it whole.
+
+    The unit is the block because the mamba mixer reads its children's weights directly.
+    """
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for unit in (*blocks, model):
+        fully_shard(unit, mesh=mesh, ignored_params=set(adapters))
+
+
+def sum_gradients(adapters: Sequence[nn.Parameter], world: World) -> None:
+    """Adds up the adapters' gradients over all processes, in one message."""
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in adapters if parameter.grad is not None]
+    together = world.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for gradient, part in zip(gradients, torch.split(together, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
