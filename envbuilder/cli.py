@@ -288,7 +288,7 @@ def pipeline(
     opts: _Options = context.obj
     began = time.monotonic()
     session = opts.session(recipe)
-    session.current_lock()
+    session.current_lock()  # Where there is no lock, `fetch` alone would make one.
     fetched = session.fetch(session.python_minor(python))
     built = session.compile(python)
     env = session.install(python)

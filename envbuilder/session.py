@@ -67,7 +67,6 @@ class Session:
         """The recipe's lock as it stands; MismatchError if the recipe has moved on."""
         lock = read_lock(self.lock_path)
         self._check_current(lock)
-        self.reporter.note(f"{self.lock_path.name} is current: {len(lock.pylock.packages)} packages")
         return lock
 
     def fetch(self, python: str | None = None, *, verify: bool = False) -> FetchReport:

@@ -57,6 +57,8 @@ def main() -> int:
     run_dir: Path = arguments.run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
+    if first:  # an earlier run's outcome must not stand for this one's
+        (run_dir / "outcome.json").unlink(missing_ok=True)
     progress = Progress()
     stop = StopRequest(run_dir)
     error: TrainerError | None = None
@@ -70,7 +72,7 @@ def main() -> int:
     if first:
         status: Status = "finished" if error is None else "stopped" if error.exit_code == 75 else "failed"
         write_outcome(run_dir, status, progress, error)
-        if status == "stopped":
+        if status != "failed":
             stop.done()
     if error is None:
         return 0

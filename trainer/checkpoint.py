@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.errors import ConfigError, TrainingFailed
+from trainer.errors import ConfigError
 from trainer.files import fsync_folder, sha256, write_atomically
 from trainer.parallel import World
 
@@ -61,20 +61,13 @@ def save_checkpoint(
     """
     generators = world.gather(_generator_states(world.device))
     place = folder / f"step-{state.step:06d}"
-    failure: str | None = None
-    if world.rank == 0:
-        try:
-            _write(place, state, adapters, optimizer, generators)
-            for old in committed(folder)[keep_last:]:
-                shutil.rmtree(old)
-        except OSError as problem:
-            failure = f"{type(problem).__name__}: {problem}"
-    if failure := world.from_first(failure):
-        raise TrainingFailed(
-            f"The checkpoint of step {state.step} can't be written: {failure}",
-            remedy=f"df -h {folder}",
-            context={"folder": place},
-        )
+
+    def write() -> None:
+        _write(place, state, adapters, optimizer, generators)
+        for old in committed(folder)[keep_last:]:
+            shutil.rmtree(old)
+
+    world.write_on_first(f"The checkpoint of step {state.step}", folder, write)
     return place
 
 

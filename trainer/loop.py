@@ -83,7 +83,7 @@ def train(
             _validate(run, step)
             validated = step
         last = step == run.steps
-        stopping = not last and any(world.gather(stop_requested()))
+        stopping = not last and world.any(stop_requested())
         if config.checkpoint.enabled and (
             last or stopping or _due(step, config.step_scheduler.ckpt_every_steps)
         ):
@@ -92,9 +92,9 @@ def train(
             raise _stopped(run, step)
     if run.validation is not None and validated != run.steps:
         _validate(run, run.steps)
-    if world.rank == 0:
-        save_adapter(run.peft_model, run_dir / "adapter")
-    progress.adapter = str(run_dir / "adapter")
+    adapter = run_dir / "adapter"
+    world.write_on_first("The adapter", adapter, lambda: save_adapter(run.peft_model, adapter))
+    progress.adapter = str(adapter)
     progress.peak_memory_bytes = max(world.gather(memory_bytes(world.device)))
     metrics.write("end", step=progress.steps, loss=progress.last_loss, adapter=progress.adapter)
     metrics.say(

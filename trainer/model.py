@@ -95,20 +95,21 @@ def kernels_in_use(causal_lm: Any, kernels: MambaKernels) -> dict[str, str]:
     config = causal_lm.config
     attention = f"{config._attn_implementation} (PyTorch)"
     runs_on = {
-        "mamba": "fused scan (mamba_ssm, causal_conv1d)"
+        "mamba": "the fused scan (mamba_ssm, causal_conv1d)"
         if kernels.fused_scan
-        else "reference (PyTorch, slow)",
+        else "the slow reference (PyTorch)",
         "attention": attention,
         "transformer": attention,
         "moe": f"{getattr(config, '_experts_implementation', None) or 'eager'} experts (PyTorch)",
         "mlp": "PyTorch",
     }
     counts = Counter(block_kind(block) for block in blocks_of(causal_lm))
-    return {kind: f"{count} on {runs_on[kind]}" for kind, count in counts.items()}
+    return {kind: f"{count} layers on {runs_on[kind]}" for kind, count in counts.items()}
 
 
 def _refuse_missing_kernels(config: Any, kernels: MambaKernels, device: torch.device) -> None:
-    has_mamba = "linear_attention" in (getattr(config, "layers_block_type", None) or ())
+    kinds = getattr(config, "layers_block_type", None) or ()
+    has_mamba = "mamba" in {NAMES_OF_KINDS.get(kind, kind) for kind in kinds}
     if device.type == "cuda" and has_mamba and kernels.fused_scan is None:
         raise EnvironmentMismatch(
             f"The mamba layers' kernels can't be imported: {', '.join(kernels.missing)}.",

@@ -9,19 +9,21 @@ dtypes, clipping and checkpoints see whole tensors, and a checkpoint fits any nu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from trainer.errors import EnvironmentMismatch
+from trainer.errors import EnvironmentMismatch, TrainingFailed
 
 T = TypeVar("T")
 
@@ -40,6 +42,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process has the flag up."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank, on every process."""
         if self.size == 1:
@@ -55,6 +61,21 @@ class World:
             dist.broadcast_object_list(values, src=0)
         received: T = values[0]
         return received
+
+    def write_on_first(self, what: str, folder: Path, write: Callable[[], None]) -> None:
+        """Rank 0 writes, all wait for it. Raises TrainingFailed on every process if the writing fails."""
+        failure: str | None = None
+        if self.rank == 0:
+            try:
+                write()
+            except (OSError, SafetensorError) as problem:
+                failure = f"{type(problem).__name__}: {problem}"
+        if failure := self.from_first(failure):
+            raise TrainingFailed(
+                f"{what} can't be written: {failure}",
+                remedy=f"df -h {folder}",
+                context={"folder": folder},
+            )
 
 
 @contextmanager

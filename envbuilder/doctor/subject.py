@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,12 @@ class Subject:
         """The env's folder, where `install` has made one."""
         folder = self.root.env(self.recipe.name) if self.recipe else None
         return folder if folder is not None and folder.is_dir() else None
+
+    @property
+    def remake_env(self) -> str:
+        """The command that makes the env anew: `install` leaves one alone whose receipt is right."""
+        receipt = self.root.env(self.recipe.name if self.recipe else "NAME") / RECEIPT
+        return f"rm {shlex.quote(str(receipt))} && envbuilder install {self.recipe_file}"
 
     @property
     def python(self) -> Path:

@@ -91,15 +91,13 @@ def plan_files(
     meter = _Meter(reporter, "check", sum(file.size for file in files))
 
     def where(file: LockedFile) -> str:
-        try:
-            path = folder / file.filename
-            if path.is_symlink() or not path.is_file():
-                pass
-            elif stamps.get(file.filename) == Stamp.of(path, file.sha256) or _is(path, file):
-                return "bundle"
-            return "store" if _is(store.path(file.sha256), file) else "index"
-        finally:
-            meter.count(file.size)
+        path = folder / file.filename
+        unchanged = path.is_file() and stamps.get(file.filename) == Stamp.of(path, file.sha256)
+        place = "bundle" if unchanged or _is(path, file) else "index"
+        if place == "index" and _is(store.path(file.sha256), file):
+            place = "store"
+        meter.count(file.size)
+        return place
 
     ordered = sorted(files, key=lambda file: (-file.size, file.filename))
     found = list(zip(ordered, _in_parallel(where, ordered, meter.stop), strict=True))

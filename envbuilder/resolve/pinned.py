@@ -12,7 +12,7 @@ from envbuilder.resolve.protocol import Versions
 
 def read_pins(path: Path) -> Versions:
     """The versions in a requirements file of `name==version` lines."""
-    versions = {}
+    versions: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         if text and not text.startswith("-"):

@@ -68,6 +68,8 @@ class UvResolver:
 def _project(request: Request) -> dict[str, Any]:
     """A project with the requirements; only a project can bind a package to one index."""
     direct = {canonicalize_name(Requirement(text).name) for text in request.requirements}
+    # What the resolver is shown as a stub comes from no index.
+    direct -= {package.name for package in request.known}
     bound = {name: {"index": index} for name, index in request.bindings.items() if name in direct}
     indexes = [
         {"name": name, "url": request.indexes[name], "explicit": True}

@@ -85,7 +85,7 @@ def test_record_names_every_member_with_its_hash(pack: type) -> None:
 
 
 def test_an_installed_tool_packs_itself_to_the_same_bytes(tmp_path: Path) -> None:
-    tool = pack_tool()
+    tool, trainer = pack_tool(), pack_trainer()
     site = unpacked(tool, tmp_path)
     program = (
         "import envbuilder, sys; from envbuilder.fetch.selfpack import pack_tool, pack_trainer\n"
@@ -99,7 +99,7 @@ def test_an_installed_tool_packs_itself_to_the_same_bytes(tmp_path: Path) -> Non
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(site / "envbuilder/__init__.py"), tool.sha256, pack_trainer().sha256]
+    assert done.stdout.split() == [str(site / "envbuilder/__init__.py"), tool.sha256, trainer.sha256]
 
 
 def test_the_tool_carries_the_metadata_that_it_was_installed_with() -> None:

@@ -55,10 +55,12 @@ def check_lock(subject: Subject, reporter: Reporter) -> Outcome:
         env_lock = Pylock.from_dict(tomllib.loads((subject.env / ENV_LOCK).read_text(encoding="utf-8")))
     except (OSError, ValueError, PylockValidationError) as error:
         return failed(
-            "The env lock is missing or damaged.", f"{subject.env / ENV_LOCK}: {error}", remedy=remedy
+            "The env lock is missing or damaged.",
+            f"{subject.env / ENV_LOCK}: {error}",
+            remedy=subject.remake_env,
         )
     if wanted != {str(package.name): str(package.version) for package in env_lock.packages}:
-        return failed("The env lock names other packages than the receipt.", remedy=remedy)
+        return failed("The env lock names other packages than the receipt.", remedy=subject.remake_env)
     return ok(f"The env was made from the present lock: {len(wanted)} packages.", str(subject.env))
 
 
@@ -71,7 +73,7 @@ def check_distributions(subject: Subject, reporter: Reporter) -> Outcome:
         return failed(
             f"What is installed differs from the lock in {len(faults)} packages.",
             *_shown(faults),
-            remedy=f"envbuilder install {subject.recipe_file}",
+            remedy=subject.remake_env,
         )
     provided = subject.receipt.provided
     beside = f", {len(provided.versions)} provided by the machine" if provided else ""
@@ -133,7 +135,7 @@ def check_records(subject: Subject, reporter: Reporter) -> Outcome:
         return failed(
             f"{len(faults)} of {len(files)} installed files are not as they were installed.",
             *_shown(faults),
-            remedy=f"envbuilder install {subject.recipe_file}",
+            remedy=subject.remake_env,
         )
     return ok(f"All {len(files)} installed files have the bytes that their RECORDs name.")
 

@@ -3,6 +3,8 @@
 It behaves as $PLAIN_BEHAVIOUR says, and the wheel holds what the build could see: the canary of the tests.
 """
 
+import base64
+import hashlib
 import json
 import os
 import pathlib
@@ -24,12 +26,17 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: plain\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: plain\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    lines = [f"{path},sha256={_digest(content)},{len(content)}\n" for path, content in files.items()]
+    files[f"{info}/RECORD"] = "".join([*lines, f"{info}/RECORD,,\n"])
     name = f"plain-{version}-py3-none-any.whl"
     with zipfile.ZipFile(pathlib.Path(wheel_directory) / name, "w") as wheel:
         for path, content in files.items():
             wheel.writestr(path, content)
     return name
+
+
+def _digest(content):
+    return base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
 
 
 def _seen():

@@ -1,0 +1,224 @@
+"""install_env: whole or not at all, from bundle and wheelhouse alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.pylock import Pylock
+from uv import find_uv_bin
+
+from envbuilder.errors import IntegrityError, MismatchError
+from envbuilder.install import InstallReport, install_env
+from envbuilder.model import BuildReceipt, Bundle, EnvReceipt, Extension
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from envbuilder.report import Quiet
+from envbuilder.venv import PROVIDED_PTH
+from envbuilder.wheelhouse import store_built
+from tests.lab.bundles import make_bundle
+from tests.lab.packages import make_sdist, make_wheel
+
+MINOR = ".".join(platform.python_version_tuple()[:2])
+RECIPE = Recipe.model_validate({"name": "lab", "requirements": ["one", "built"]})
+
+
+def bundle_of(folder: Path, recipe: Recipe = RECIPE) -> Bundle:
+    """A wheel, a source package that is already in the wheelhouse, and a trainer."""
+    made = folder / "made"
+    made.mkdir(exist_ok=True)
+    one = make_wheel(made, "one", "1.0", requires=["built"])
+    sdist = make_sdist(made, "built", "2.0")
+    trainer = make_wheel(made, "envbuilder-trainer", "0.1.0", files={"trainer/__init__.py": ""})
+    root = Root(folder / "root")
+    wheel = make_wheel(made, "built", "2.0")
+    wheel = wheel.rename(wheel.with_name("built-2.0-1_abc-py3-none-any.whl"))
+    store_built(
+        root,
+        wheel,
+        BuildReceipt(
+            package="built",
+            version="2.0",
+            sdist=sdist.name,
+            sdist_sha256=hashlib.sha256(sdist.read_bytes()).hexdigest(),
+            key="built-2.0-abc",
+            wheel=wheel.name,
+            wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+            python=platform.python_version(),
+            torch=None,
+            torch_cuda=None,
+            cxx11_abi=None,
+            nvcc=None,
+            host_compiler="",
+            compute_capabilities=(),
+            architectures_kept=(),
+            architectures_dropped=(),
+            extensions=(Extension(module="built_ext", file="x.so", sha256="0", architectures=()),),
+            isolation="none",
+            environment={},
+            units=(),
+            seconds=0,
+            built_at="2026-01-01T00:00:00+00:00",
+        ),
+    )
+    return make_bundle(
+        root, recipe, {one: ["runtime"], sdist: ["runtime"]}, python=MINOR, trainer_wheel=trainer
+    )
+
+
+def install(folder: Path, bundle: Bundle, recipe: Recipe = RECIPE) -> InstallReport:
+    return install_env(
+        recipe, bundle, root=Root(folder / "root"), python=Path(sys.executable), reporter=Quiet()
+    )
+
+
+def versions(python: Path) -> dict[str, str]:
+    code = (
+        "import importlib.metadata as m, json;"
+        "print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+INSTALLED = {"one": "1.0", "built": "2.0", "envbuilder-trainer": "0.1.0"}
+
+
+def test_the_env_holds_bundle_wheelhouse_and_trainer_and_its_receipt_says_so(tmp_path: Path) -> None:
+    report = install(tmp_path, bundle_of(tmp_path))
+    assert report.path == Root(tmp_path / "root").env("lab")
+    assert versions(report.path / "bin" / "python") == INSTALLED
+    receipt = EnvReceipt.model_validate_json((report.path / "envbuilder.json").read_bytes())
+    assert receipt == report.receipt
+    assert {package.name: package.origin for package in receipt.packages} == {
+        "one": "bundle",
+        "built": "wheelhouse",
+        "envbuilder-trainer": "tool",
+    }
+    assert [extension.module for extension in receipt.extensions] == ["built_ext"]
+
+
+def test_activation_scripts_name_the_place_where_the_env_is(tmp_path: Path) -> None:
+    report = install(tmp_path, bundle_of(tmp_path))
+    done = subprocess.run(
+        ["sh", "-c", f". {report.path}/bin/activate && command -v python && echo $VIRTUAL_ENV"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(report.path / "bin" / "python"), str(report.path)]
+
+
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_the_env_lock_is_installed_by_uv_and_pip_without_an_index(tmp_path: Path, installer: str) -> None:
+    lock = install(tmp_path, bundle_of(tmp_path)).path / "pylock.toml"
+    assert lock.stat().st_size
+    parsed = Pylock.from_dict(tomllib.loads(lock.read_text(encoding="utf-8")))
+    assert all(package.wheels and not package.sdist for package in parsed.packages)
+    assert "://" not in lock.read_text(encoding="utf-8")
+    venv = tmp_path / "fresh"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = str(venv / "bin" / "python")
+    commands = {
+        "uv": [find_uv_bin(), "pip", "install", "--no-config", "--offline", "--python", python],
+        "pip": [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps"],
+    }
+    environment = {"PATH": os.defpath, "HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    subprocess.run(
+        [*commands[installer], "--no-index", "-r", lock], check=True, capture_output=True, env=environment
+    )
+    assert versions(Path(python)) == INSTALLED
+
+
+def test_a_second_install_does_nothing_and_a_changed_lock_makes_the_env_anew(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path)
+    first = install(tmp_path, bundle)
+    inode = first.path.stat().st_ino
+    assert install(tmp_path, bundle).receipt == first.receipt
+    assert first.path.stat().st_ino == inode
+    newer = make_wheel(tmp_path / "made", "one", "1.1")
+    changed = make_bundle(Root(tmp_path / "root"), RECIPE, {newer: ["runtime"]}, python=MINOR)
+    assert versions(install(tmp_path, changed).path / "bin" / "python") == {"one": "1.1"}
+    assert [path.name for path in first.path.parent.iterdir()] == ["lab"]
+
+
+@pytest.mark.parametrize("place", ["bundle", "wheelhouse", "trainer"])
+def test_one_changed_byte_is_found_and_the_env_that_was_there_stays(tmp_path: Path, place: str) -> None:
+    bundle = bundle_of(tmp_path)
+    env = install(tmp_path, bundle).path
+    (env / "envbuilder.json").write_text("{}", encoding="utf-8")  # so that the env is made again
+    damaged = {
+        "bundle": bundle.path / "files" / "one-1.0-py3-none-any.whl",
+        "wheelhouse": next(Root(tmp_path / "root").wheelhouse.glob("*/*.whl")),
+        "trainer": next((bundle.path / "tool").iterdir()),
+    }[place]
+    data = bytearray(damaged.read_bytes())
+    data[data.index(b"PK\x01\x02") + 12] ^= 1  # a time stamp: the archive still reads well
+    damaged.unlink()
+    damaged.write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        install(tmp_path, bundle)
+    assert caught.value.exit_code == 5
+    assert caught.value.context["file"] == str(damaged)
+    assert versions(env / "bin" / "python") == INSTALLED
+    assert [path.name for path in env.parent.iterdir()] == ["lab"]
+
+
+def test_a_source_package_that_was_not_compiled_is_a_mismatch_with_the_remedy(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path)
+    next(Root(tmp_path / "root").wheelhouse.glob("*/receipt.json")).unlink()
+    with pytest.raises(MismatchError, match=r"built 2\.0 has not been compiled") as caught:
+        install(tmp_path, bundle)
+    assert caught.value.remedy == "On a compute node: envbuilder compile recipes/lab.toml --local"
+    assert not Root(tmp_path / "root").env("lab").exists()
+
+
+def test_an_unfinished_env_is_replaced(tmp_path: Path) -> None:
+    unfinished = Root(tmp_path / "root").env("lab")
+    (unfinished / "bin").mkdir(parents=True)
+    (unfinished / "stray").touch()
+    report = install(tmp_path, bundle_of(tmp_path))
+    assert versions(report.path / "bin" / "python") == INSTALLED
+    assert not (report.path / "stray").exists()
+
+
+def test_provided_packages_are_reached_and_recorded_and_not_installed(tmp_path: Path) -> None:
+    provider = tmp_path / "provider"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", provider], check=True)
+    site = provider / "lib" / f"python{MINOR}" / "site-packages"
+    (site / "torch_like-2.11.0+cu130.dist-info").mkdir()
+    (site / "torch_like-2.11.0+cu130.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch-like\nVersion: 2.11.0+cu130\n", encoding="utf-8"
+    )
+    (site / "torch_like.py").write_text("origin = 'machine'\n", encoding="utf-8")
+    recipe = Recipe.model_validate(
+        {
+            "name": "lab",
+            "requirements": ["one", "torch-like"],
+            "provided": {"python": "python3", "packages": ["torch-like==2.11.0"]},
+        }
+    )
+    report = install_env(
+        recipe,
+        bundle_of(tmp_path, recipe),
+        root=Root(tmp_path / "root"),
+        python=provider / "bin" / "python",
+        reporter=Quiet(),
+    )
+    provided = report.receipt.provided
+    assert provided is not None
+    assert provided.versions == {"torch-like": "2.11.0+cu130"}
+    assert [path.name for path in report.path.rglob(PROVIDED_PTH)] == [PROVIDED_PTH]
+    code = "import torch_like, one, sys; print(torch_like.origin, sys.prefix)"
+    done = subprocess.run(
+        [report.path / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["machine", str(report.path)]
+    assert "torch-like" not in {package.name for package in report.receipt.packages}

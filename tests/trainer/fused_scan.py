@@ -1,0 +1,71 @@
+"""A plain-torch stand-in for mamba_ssm's fused training kernel: its signature, one time step after another.
+
+Written from the recurrence (arXiv:2405.21060, section 2): h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t,
+y_t = C_t h_t + D x_t, after a causal convolution, before a gated norm. fp32 throughout, so that it is also a reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    assert initial_states is None
+    assert seq_idx is None
+    assert not return_final_states
+    assert not norm_before_gate
+    assert activation == "silu"
+    assert headdim is not None
+    assert rmsnorm_weight is not None
+    heads = dt_bias.shape[0]
+    inner = heads * headdim
+    states = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
+    batch, length, _ = zxbcdt.shape
+    gate, convolved, dt = zxbcdt.float().split([inner, conv1d_weight.shape[0], heads], dim=-1)
+
+    padded = F.pad(convolved.transpose(1, 2), (conv1d_weight.shape[1] - 1, 0))
+    convolved = F.silu(
+        F.conv1d(padded, conv1d_weight.float().unsqueeze(1), conv1d_bias, groups=conv1d_weight.shape[0])
+    ).transpose(1, 2)
+    x, b, c = convolved.split([inner, ngroups * states, ngroups * states], dim=-1)
+    x = x.view(batch, length, heads, headdim)
+    b, c = (
+        part.reshape(batch, length, ngroups, states).repeat_interleave(heads // ngroups, dim=2)
+        for part in (b, c)
+    )
+    dt = F.softplus(dt + dt_bias.float()).clamp(*dt_limit)
+
+    state = x.new_zeros(batch, heads, headdim, states)
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(dt[:, t] * A)[:, :, None, None]
+        state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None, :]
+        outputs.append((state * c[:, t, :, None, :]).sum(-1) + D.float()[:, None] * x[:, t])
+    y = torch.stack(outputs, dim=1).reshape(batch, length, inner) * F.silu(gate)
+
+    grouped = y.view(batch, length, ngroups, inner // ngroups)
+    normed = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + rmsnorm_eps)
+    out = (rmsnorm_weight.float() * normed.reshape(batch, length, inner)).to(zxbcdt.dtype)
+    return out if outproj_weight is None else F.linear(out, outproj_weight, outproj_bias)

@@ -1,0 +1,79 @@
+"""Two processes over gloo, sharded with FSDP2, train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .conftest import RunTrainer, losses
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def torchrun(config: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    sets = [part for override in overrides for part in ("--set", override)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "trainer", str(config), "--run-dir", str(run), *sets],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_two_processes_give_the_losses_and_the_adapter_of_one(
+    run_trainer: RunTrainer, config_file: Path, tmp_path: Path
+) -> None:
+    # 3 validation examples on two processes: one of them has none in the last pass.
+    settings = (
+        "validation_dataset.path_or_dataset_id=validation.jsonl",
+        "step_scheduler.ckpt_every_steps=3",
+        "step_scheduler.local_batch_size=1",
+        "distributed.activation_checkpointing=true",
+        "peft.target_modules=[in_proj, out_proj, q_proj, shared_experts.*]",
+        "peft.match_all_linear=false",
+    )
+    run_trainer(*settings, run="one")
+    done = torchrun(config_file, tmp_path / "two", *settings)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(two) == 6
+    validation = [
+        next(
+            record["loss"]
+            for record in map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+            if record["kind"] == "validation"
+        )
+        for run in ("one", "two")
+    ]
+    assert validation[1] == pytest.approx(validation[0], rel=1e-4)
+    first, second = (
+        load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("one", "two")
+    )
+    assert first.keys() == second.keys()
+    assert all((first[name] - second[name]).abs().max() < 1e-2 for name in first)
+
+    # One process goes on where two stopped.
+    newest = tmp_path / "two/checkpoints/step-000006"
+    (newest / "COMMITTED").unlink()
+    (tmp_path / "two/metrics.jsonl").unlink()
+    code, _ = run_trainer(*settings, run="two")
+    assert code == 0
+    assert losses(tmp_path / "two") == pytest.approx({step: one[step] for step in (4, 5, 6)}, rel=1e-4)
+
+
+def test_a_failure_is_written_by_rank_0_and_ends_all(config_file: Path, tmp_path: Path) -> None:
+    done = torchrun(config_file, tmp_path / "run", "optimizer.lr=1e30")
+    assert done.returncode != 0
+    outcome = json.loads((tmp_path / "run/outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["error"]["context"]["step"]) == (10, "2")
