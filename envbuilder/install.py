@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from envbuilder.atomic import fsync_folder, make_folder, write_atomically
+from envbuilder.atomic import fsync_folder, make_folder, write_atomically, writing
 from envbuilder.bundle import TOOL, bundle_file
 from envbuilder.envlock import ENV_LOCK, WheelFile, bundle_wheel, env_lock_text
 from envbuilder.errors import IntegrityError, MismatchError
@@ -73,7 +73,8 @@ def install_env(
         reporter.note(f"{folder} is already what the lock and the wheelhouse say")
         return InstallReport(folder, there, time.monotonic() - began)
     reporter.stage(f"installing {len(wheels)} packages into {folder}")
-    _make_env(folder, interpreter, provided, wheels, receipt)
+    with writing(folder, 2 * sum(wheel.size for wheel in wheels)):
+        _make_env(folder, interpreter, provided, wheels, receipt)
     return InstallReport(folder, receipt, time.monotonic() - began)
 
 
@@ -187,7 +188,13 @@ def _make_env(
             folder.rename(old)
         try:
             made.rename(folder)
-        except OSError:
+        except OSError as error:
+            if folder.exists():
+                raise MismatchError(
+                    f"Another process has put an environment at {folder} meanwhile.",
+                    remedy=f"envbuilder install recipes/{receipt.recipe}.toml",
+                    context={"folder": folder},
+                ) from error
             if old.exists():
                 old.rename(folder)
             raise

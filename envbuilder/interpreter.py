@@ -26,7 +26,6 @@ except (ValueError, OSError):
 print(json.dumps({
     "implementation": sys.implementation.name,
     "version": platform.python_version(),
-    "base": sys._base_executable,
     "purelib": sysconfig.get_path("purelib"),
     "platlib": sysconfig.get_path("platlib"),
     "include": sysconfig.get_path("include"),
@@ -57,8 +56,6 @@ class Interpreter:
 
     path: Path
     """As it was given, so a venv's own python stays that."""
-    base: Path
-    """The interpreter that its venv was made from; else itself."""
     implementation: str
     """E.g. "cpython"."""
     version: str
@@ -84,7 +81,6 @@ def inspect_interpreter(python: Path) -> Interpreter:
     facts = _ask(python, ["-I", "-c", _INSPECT])
     return Interpreter(
         path=python,
-        base=Path(facts["base"]),
         implementation=facts["implementation"],
         version=facts["version"],
         purelib=Path(facts["purelib"]),

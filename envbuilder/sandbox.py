@@ -14,10 +14,13 @@ from envbuilder.process import Completed, run
 Isolation = Literal["network-namespace", "none"]
 _TIME_LIMIT_S = 24 * 3600.0
 """No build takes a day: one that waits for a network that isn't there is ended."""
+# In a namespace of its own for processes too, all that a build has started ends with it: ninja puts each
+# compiler into a process group of its own, which no signal to the build would reach.
+_NAMESPACES = ("--net", "--pid", "--fork", "--kill-child", "--")
 _UNSHARE = (
-    ("unshare", "--net", "--"),
-    # An ordinary user may have a network namespace only inside a user namespace of its own.
-    ("unshare", "--user", "--map-root-user", "--net", "--"),
+    ("unshare", *_NAMESPACES),
+    # An ordinary user may have these only inside a user namespace of its own.
+    ("unshare", "--user", "--map-root-user", *_NAMESPACES),
 )
 _FROM_HOST = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH")
 """How modules tell a compiler where its headers and libraries are: without them many don't run at all."""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,35 @@ def test_output_goes_to_the_log_and_to_the_listener_line_by_line(tmp_path: Path)
     )
     assert lines == ["one\n", "two\n"]
     assert (tmp_path / "log").read_text(encoding="utf-8") == "one\ntwo\n"
+
+
+def test_what_a_stopped_program_had_started_ends_with_it(tmp_path: Path) -> None:
+    # As ninja does: the child has a process group of its own, which a signal to the parent's misses.
+    command = "setsid sleep 987654 & echo started; wait"
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    sandbox = find_sandbox()
+    if sandbox.isolation == "none":
+        pytest.skip("this kernel gives no namespaces")
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run(
+            ["sh", "-c", command], env=dict(os.environ), cwd=tmp_path, log=tmp_path / "log", on_line=stop
+        )
+    deadline = time.monotonic() + 10
+    while _is_running("987654"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_running(word: str) -> bool:
+    """Whether any process of this machine has `word` on its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if word.encode() in path.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def test_isolation_that_is_required_and_not_to_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,5 +4,5 @@
 
     reading (YAML → Config) → data (JSONL → examples) → model → lora → parallel → loop → adapter
 
-`loop.py` reads as that pipeline; every other module does one of its steps.
+`prepare.py` and `loop.py` read as that pipeline; every other module does one of its steps.
 """

@@ -5,61 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from trainer.chat import IGNORED
 from trainer.checkpoint import State, load_checkpoint, newest_sound, remove_unfinished, save_checkpoint
 from trainer.config import Config
-from trainer.data import Batch, Dataset, Example, Stream, collate, open_dataset
+from trainer.data import Batch, Example, collate
 from trainer.errors import ConfigError, Stopped, TrainingFailed
-from trainer.kernels import find_mamba_kernels
-from trainer.lora import (
-    adapter_parameters,
-    add_lora,
-    choose_targets,
-    require_gradients,
-    save_adapter,
-    share_adapted,
-)
+from trainer.lora import require_gradients, save_adapter
 from trainer.metrics import Metrics, memory_bytes
-from trainer.model import TrainingModel, blocks_of, build_model, checkpoint_activations, kernels_in_use
 from trainer.outcome import Progress
-from trainer.parallel import World, place, sum_gradients
-from trainer.schedule import learning_rate, make_optimizer
-from trainer.tokenizer import open_tokenizer
+from trainer.parallel import World, sum_gradients
+from trainer.prepare import Run, prepare
+from trainer.schedule import learning_rate
 
 StopRequested = Callable[[], bool]
-
-
-@dataclass
-class Run:
-    """All that a run works on."""
-
-    config: Config
-    run_dir: Path
-    world: World
-    metrics: Metrics
-    progress: Progress
-    peft_model: PeftModel
-    training_model: TrainingModel
-    adapters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Adam
-    stream: Stream
-    validation: Dataset | None
-    pad: int
-    steps: int
-    """How many the whole training has."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.run_dir / "checkpoints"
 
 
 def train(
@@ -74,7 +38,7 @@ def train(
 
     Raises TrainerError; Stopped after a checkpoint, if `stop_requested` says so at a step boundary.
     """
-    run = _prepare(config, run_dir, world, metrics, progress)
+    run = prepare(config, run_dir, world, metrics, progress)
     _resume(run)
     validated = None
     for step in range(progress.steps + 1, run.steps + 1):
@@ -100,78 +64,6 @@ def train(
     metrics.say(
         f"finished: loss {progress.first_loss:.4f} → {progress.last_loss:.4f}, adapter in {progress.adapter}"
     )
-
-
-def _prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progress: Progress) -> Run:
-    """Everything up to the first step."""
-    scheduler = config.step_scheduler
-    if scheduler.global_batch_size % (scheduler.local_batch_size * world.size):
-        multiple = scheduler.local_batch_size * world.size
-        raise ConfigError(
-            f"global_batch_size {scheduler.global_batch_size} can't be shared out to {world.size} processes "
-            f"in batches of {scheduler.local_batch_size}.",
-            remedy=f"--set step_scheduler.global_batch_size={multiple}  # or a multiple of it",
-            context={"key": "step_scheduler.global_batch_size"},
-        )
-    started = time.perf_counter()
-    kernels = find_mamba_kernels(config.device)
-    tokenizer = open_tokenizer(config.model)
-    causal_lm = build_model(config.model, kernels, world.device, seed=config.seed)
-    vocab_size = causal_lm.config.vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}.",
-            remedy="give the model's own tokenizer in model.tokenizer",
-            context={"key": "model.tokenizer"},
-        )
-    data = open_dataset(config.dataset, tokenizer, vocab_size=vocab_size, seed=config.seed)
-    validation = (
-        open_dataset(config.validation_dataset, tokenizer, vocab_size=vocab_size, seed=config.seed + 1)
-        if config.validation_dataset
-        else None
-    )
-    targets = choose_targets(causal_lm, config.peft)
-    peft_model = add_lora(causal_lm, targets, config.peft, seed=config.seed)
-    if config.distributed.activation_checkpointing:
-        checkpoint_activations(causal_lm)
-    adapters = adapter_parameters(peft_model)
-    shares = share_adapted(peft_model, targets)
-    training_model = TrainingModel(causal_lm)
-    training_model.train()
-    place(training_model, blocks_of(causal_lm), list(adapters.values()), world)
-    torch.manual_seed(config.seed + 1 + world.rank)  # from here on, dropout: every process its own
-    epoch_steps = math.ceil(len(data.examples) * (scheduler.num_epochs or 0) / scheduler.global_batch_size)
-    steps = min(limit for limit in (scheduler.max_steps, epoch_steps) if limit)
-    kernel_names = kernels_in_use(causal_lm, kernels)
-    metrics.write(
-        "start",
-        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        processes=world.size,
-        steps=steps,
-        seconds_to_prepare=time.perf_counter() - started,
-        model=shares,
-        kernels=kernel_names,
-        data=data.figures(),
-        validation_data=validation.figures() if validation else None,
-    )
-    metrics.say(
-        f"model: {shares['parameters']:,} parameters, {shares['trainable_parameters']:,} trained by LoRA on "
-        f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers"
-    )
-    metrics.say(f"kernels on {world.device.type}: " + "; ".join(f"{k}: {v}" for k, v in kernel_names.items()))
-    for dataset in (data, validation):
-        if dataset:
-            metrics.say(
-                "data: {name}: {examples} examples, {trained_tokens} of {tokens} tokens trained, "
-                "{truncated} truncated, {dropped} left out".format(**dataset.figures())
-            )
-    for note in (*config.notes(), *targets.notes):
-        metrics.note(note)
-    return Run(
-        config, run_dir, world, metrics, progress, peft_model, training_model, adapters,
-        make_optimizer(adapters.values(), config.optimizer), Stream(data, config.seed), validation,
-        tokenizer.pad_token_id, steps,
-    )  # fmt: skip
 
 
 def _resume(run: Run) -> None:
@@ -217,12 +109,12 @@ def _train_step(run: Run, step: int) -> None:
         loss: Tensor = run.training_model(on_device.input_ids, on_device.labels)
         (loss / trained).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    if run.progress.first_step_seconds is None:
-        require_gradients(run.adapters, run.world)
     own = torch.stack(losses)
     loss_value = run.world.sum(own.sum()).item() / trained
     if not math.isfinite(loss_value):
         raise _not_finite(run, step, batches, own)
+    if run.progress.first_step_seconds is None:
+        require_gradients(run.adapters, run.world)
     sum_gradients(list(run.adapters.values()), run.world)
     norm = nn.utils.clip_grad_norm_(
         run.adapters.values(), run.config.optimizer.max_grad_norm or math.inf, error_if_nonfinite=False

@@ -42,20 +42,20 @@ class TrainingModel(nn.Module):
         return summed_cross_entropy(output.last_hidden_state, labels, self.causal_lm.lm_head)
 
 
-def build_model(section: ModelSection, kernels: MambaKernels, device: torch.device, *, seed: int) -> Any:
-    """The base model on `device`, frozen, in the config's dtype.
+def model_config(section: ModelSection) -> Any:
+    """The transformers config of the model, before any weight is touched. Raises ConfigError."""
+    return _inline_config(section.config) if section.config is not None else _local_config(section)
 
-    Raises ConfigError for a model that can't be built, EnvironmentMismatch if its kernels are missing on
-    CUDA.
+
+def build_model(
+    section: ModelSection, config: Any, kernels: MambaKernels, device: torch.device, *, seed: int
+) -> Any:
+    """The base model on `device`, frozen, in the dtype of `section`.
+
+    Raises ConfigError for weights that can't be loaded, EnvironmentMismatch if kernels are missing on CUDA.
     """
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it would warn of is either right here or an error
-    config = _inline_config(section.config) if section.config is not None else _local_config(section)
-    if config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"Models of type {config.model_type} are not supported: they might train wrongly.",
-            remedy=f"take a model of one of these types: {', '.join(FAMILIES)}",
-            context={"key": "model"},
-        )
+    # What transformers would warn of is either set right here or an error.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     _refuse_missing_kernels(config, kernels, device)
     model = (
         _load(section, config, device) if section.config is None else _random(section, config, device, seed)

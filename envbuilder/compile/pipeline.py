@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from envbuilder.atomic import make_folder
+from envbuilder.atomic import make_folder, writing
 from envbuilder.bundle import bundle_file, copy_verified, hash_file
 from envbuilder.compile.build import build_wheel, check_wheel, read_units, tag_wheel
 from envbuilder.compile.buildenv import BuildEnv, make_build_env, probe_torch
@@ -110,9 +110,12 @@ def compile_recipe(
         make_folder(root.logs)
         make_folder(root.cache)
         log = root.logs / f"compile-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
-        with tempfile.TemporaryDirectory(
-            prefix="compile-", dir=root.cache, ignore_cleanup_errors=True
-        ) as private:
+        with (
+            writing(root.cache, 2 * sum(file.size for file in build_files)),
+            tempfile.TemporaryDirectory(
+                prefix="compile-", dir=root.cache, ignore_cleanup_errors=True
+            ) as private,
+        ):
             reporter.stage("making the build environment")
             env = make_build_env(
                 Path(private),

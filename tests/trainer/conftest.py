@@ -102,11 +102,12 @@ def causal_lm(config_file: Path) -> Any:
     import torch
 
     from trainer.kernels import find_mamba_kernels
-    from trainer.model import build_model
+    from trainer.model import build_model, model_config
     from trainer.reading import read_config
 
     kernels = find_mamba_kernels("cpu")
-    return build_model(read_config(config_file).model, kernels, torch.device("cpu"), seed=3)
+    section = read_config(config_file).model
+    return build_model(section, model_config(section), kernels, torch.device("cpu"), seed=3)
 
 
 RunTrainer = Callable[..., tuple[int, dict[str, Any]]]

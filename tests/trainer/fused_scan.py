@@ -1,7 +1,7 @@
 """A plain-torch stand-in for mamba_ssm's fused training kernel: its signature, one time step after another.
 
 Written from the recurrence (arXiv:2405.21060, section 2): h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t,
-y_t = C_t h_t + D x_t, after a causal convolution, before a gated norm. fp32 throughout, so that it is also a reference.
+y_t = C_t h_t + D x_t, after a causal convolution, before a gated norm. In fp32, so it is a reference too.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def mamba_split_conv1d_scan_combined(
     inner = heads * headdim
     states = (conv1d_weight.shape[0] - inner) // (2 * ngroups)
     batch, length, _ = zxbcdt.shape
-    gate, convolved, dt = zxbcdt.float().split([inner, conv1d_weight.shape[0], heads], dim=-1)
+    gate, convolved, dt = torch.split(zxbcdt.float(), [inner, conv1d_weight.shape[0], heads], dim=-1)
 
     padded = F.pad(convolved.transpose(1, 2), (conv1d_weight.shape[1] - 1, 0))
     convolved = F.silu(
         F.conv1d(padded, conv1d_weight.float().unsqueeze(1), conv1d_bias, groups=conv1d_weight.shape[0])
     ).transpose(1, 2)
-    x, b, c = convolved.split([inner, ngroups * states, ngroups * states], dim=-1)
+    x, b, c = torch.split(convolved, [inner, ngroups * states, ngroups * states], dim=-1)
     x = x.view(batch, length, heads, headdim)
     b, c = (
         part.reshape(batch, length, ngroups, states).repeat_interleave(heads // ngroups, dim=2)

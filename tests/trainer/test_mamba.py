@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import trainer.model
 from trainer.config import PeftSection
 from trainer.errors import EnvironmentMismatch, TrainingFailed
 from trainer.kernels import MambaKernels, find_mamba_kernels
 from trainer.lora import adapter_parameters, add_lora, choose_targets, require_gradients
-from trainer.model import TrainingModel, blocks_of, build_model, kernels_in_use
+from trainer.model import TrainingModel, blocks_of, build_model, kernels_in_use, model_config
 from trainer.parallel import World
 from trainer.reading import read_config
 
@@ -29,7 +28,8 @@ IDS = torch.randint(256, (2, 21), generator=torch.Generator().manual_seed(1))
 
 def build(config_file: Path, kernels: MambaKernels) -> Any:
     find_mamba_kernels("cpu")
-    return build_model(read_config(config_file).model, kernels, CPU, seed=3)
+    section = read_config(config_file).model
+    return build_model(section, model_config(section), kernels, CPU, seed=3)
 
 
 def lora_on(causal_lm: Any, *targets: str) -> dict[str, nn.Parameter]:
@@ -55,7 +55,7 @@ def test_the_fused_path_and_the_reference_path_give_equal_losses_and_gradients(c
     losses = [loss_of(model) for model in (reference, fused)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
     for loss in losses:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     assert len(expected) == 8
     for name, parameter in expected.items():
         assert parameter.grad is not None
@@ -66,7 +66,7 @@ def test_the_fused_path_and_the_reference_path_give_equal_losses_and_gradients(c
 def test_out_proj_has_a_gradient_through_the_fused_kernel(config_file: Path) -> None:
     fused = build(config_file, FUSED)
     adapters = lora_on(fused, "out_proj")
-    loss_of(fused).backward()
+    loss_of(fused).backward()  # type: ignore[no-untyped-call]
     require_gradients(adapters, ALONE)
 
 
@@ -82,7 +82,7 @@ def test_the_gate_names_out_proj_when_the_kernel_takes_its_weight(
         "mamba2_split_conv1d_scan_combined",
         lambda *args, **kwargs: mamba_split_conv1d_scan_combined(*args, **kwargs),
     )
-    loss_of(model).backward()
+    loss_of(model).backward()  # type: ignore[no-untyped-call]
     with pytest.raises(
         TrainingFailed, match=r"2 of 4 adapted layers .*layers\.0\.mixer\.out_proj"
     ) as problem:
@@ -91,7 +91,7 @@ def test_the_gate_names_out_proj_when_the_kernel_takes_its_weight(
 
 
 def test_dt_is_not_clamped_from_below(config_file: Path) -> None:
-    """With dt_bias far below zero dt is tiny: the models were trained so, transformers' clamp changes the output."""
+    """With dt_bias far below zero dt is tiny; the models were trained so, a clamp changes the output."""
     model = build(config_file, MambaKernels(None, {}))
     mixers = [block.mixer for block in blocks_of(model) if block.block_type == "linear_attention"]
     with torch.no_grad():
@@ -117,7 +117,8 @@ def test_the_kernels_in_use_are_shown(config_file: Path) -> None:
 
 def test_missing_kernels_stop_a_run_on_cuda_with_the_import_error(config_file: Path) -> None:
     kernels = MambaKernels(None, {"mamba_ssm": "ImportError: undefined symbol: _ZN3c10"})
+    section = read_config(config_file).model
     with pytest.raises(EnvironmentMismatch, match="mamba_ssm") as problem:
-        trainer.model.build_model(read_config(config_file).model, kernels, torch.device("cuda"), seed=1)
+        build_model(section, model_config(section), kernels, torch.device("cuda"), seed=1)
     assert problem.value.exit_code == 7
     assert problem.value.context == {"mamba_ssm": "ImportError: undefined symbol: _ZN3c10"}

@@ -1,0 +1,114 @@
+"""A CUDA sdist of our own, built for real: nvcc from packages, torch provided by the quickstart env."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from envbuilder.compile import CompileReport, compile_recipe
+from envbuilder.errors import BuildError, InputError
+from envbuilder.install import install_env
+from envbuilder.interpreter import inspect_interpreter
+from envbuilder.lock import Group
+from envbuilder.model import Bundle
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from envbuilder.report import Quiet
+from tests.conftest import Quickstart
+from tests.lab.bundles import make_bundle
+from tests.lab.packages import make_sdist
+
+pytestmark = pytest.mark.needs_env
+
+SOURCE = Path(__file__).parent.parent / "packages" / "tiny-cuda"
+BUILD_WHEELS = ("nvidia_cuda_", "nvidia_nvvm", "ninja", "setuptools", "wheel", "packaging")
+NOT_NEEDED = ("nvidia_cuda_nvrtc", "nvidia_cuda_cupti")
+
+
+def recipe_for(capability: str, **environment: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "requirements": ["tiny-cuda"],
+            "trainer": False,
+            "cuda": {"compute-capabilities": [capability], "toolchain-requirements": ["cuda-toolkit"]},
+            "build": {"tiny-cuda": {"modules": ["tiny_cuda_ext"], "env": environment}},
+            "provided": {"packages": ["torch==2.11.0"]},
+        },
+        by_alias=True,
+        by_name=False,
+    )
+
+
+def bundle_of(folder: Path, quickstart: Quickstart, recipe: Recipe) -> Bundle:
+    files = {
+        str(path.relative_to(SOURCE)): path.read_text(encoding="utf-8")
+        for path in SOURCE.rglob("*")
+        if path.is_file() and path.name != "setup.py"
+    }
+    setup_py = (SOURCE / "setup.py").read_text(encoding="utf-8")
+    sdist = make_sdist(folder, "tiny-cuda", "1.0.0", requires=["torch"], files=files, setup_py=setup_py)
+    wheels: dict[Path, list[Group]] = {
+        path: ["build"]
+        for path in sorted(quickstart.bundle_files.glob("*.whl"))
+        if path.name.startswith(BUILD_WHEELS) and not path.name.startswith(NOT_NEEDED)
+    }
+    return make_bundle(
+        Root(folder / "root"),
+        recipe,
+        {sdist: ["runtime"], **wheels},
+        python=inspect_interpreter(quickstart.python).minor,
+    )
+
+
+def build(folder: Path, quickstart: Quickstart, recipe: Recipe) -> CompileReport:
+    return compile_recipe(
+        recipe,
+        bundle_of(folder, quickstart, recipe),
+        root=Root(folder / "root"),
+        python=quickstart.python,
+        reporter=Quiet(),
+    )
+
+
+def test_only_the_wanted_architecture_is_compiled_and_the_module_imports(
+    tmp_path: Path, quickstart: Quickstart
+) -> None:
+    recipe = recipe_for("9.0")
+    (built,) = build(tmp_path, quickstart, recipe).wheels
+    receipt = built.receipt
+    assert [(e.module, e.architectures) for e in receipt.extensions] == [("tiny_cuda_ext", ("sm_90",))]
+    assert receipt.architectures_kept == ("sm_90",)
+    assert receipt.architectures_dropped == ("sm_100", "sm_75", "sm_80")
+    assert [unit.source for unit in receipt.units] == ["csrc/tiny_kernel.cu"]
+    assert receipt.units[0].peak_rss_bytes > 10_000_000
+    assert (receipt.torch, receipt.torch_cuda) == ("2.11.0+cu130", "13.0")
+    assert build(tmp_path, quickstart, recipe).reused == ("tiny-cuda",)
+    bundle = bundle_of(tmp_path, quickstart, recipe)
+    env = install_env(
+        recipe, bundle, root=Root(tmp_path / "root"), python=quickstart.python, reporter=Quiet()
+    )
+    code = "import torch, tiny_cuda_ext; print(tiny_cuda_ext.__file__)"
+    done = subprocess.run(
+        [env.path / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(env.path)
+
+
+def test_a_build_that_succeeds_without_its_module_is_a_failure(
+    tmp_path: Path, quickstart: Quickstart
+) -> None:
+    with pytest.raises(BuildError, match="the wheel lacks tiny_cuda_ext"):
+        build(tmp_path, quickstart, recipe_for("9.0", TINY_CUDA_SKIP_BUILD="TRUE"))
+    assert not Root(tmp_path / "root").wheelhouse.exists()
+
+
+def test_an_architecture_that_nvcc_cannot_make_is_refused_before_the_build(
+    tmp_path: Path, quickstart: Quickstart
+) -> None:
+    with pytest.raises(InputError, match=r"compute capability 6\.1") as caught:
+        build(tmp_path, quickstart, recipe_for("6.1"))
+    assert caught.value.exit_code == 3
+    assert list(Root(tmp_path / "root").cache.iterdir()) == []

@@ -1,0 +1,162 @@
+"""From a config to a model, its adapters and its data, ready for the first step.
+
+What is cheap to check comes first: a wrong config or a broken line of data is told before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from trainer.config import Config
+from trainer.data import Dataset, Stream, open_dataset
+from trainer.errors import ConfigError
+from trainer.kernels import find_mamba_kernels
+from trainer.lora import Targets, adapter_parameters, add_lora, choose_targets, share_adapted
+from trainer.metrics import Metrics
+from trainer.model import (
+    TrainingModel,
+    blocks_of,
+    build_model,
+    checkpoint_activations,
+    kernels_in_use,
+    model_config,
+)
+from trainer.outcome import Progress
+from trainer.parallel import World, place
+from trainer.schedule import make_optimizer
+from trainer.tokenizer import open_tokenizer
+
+
+@dataclass
+class Run:
+    """All that a run works on."""
+
+    config: Config
+    run_dir: Path
+    world: World
+    metrics: Metrics
+    progress: Progress
+    peft_model: PeftModel
+    training_model: TrainingModel
+    adapters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Adam
+    stream: Stream
+    validation: Dataset | None
+    pad: int
+    steps: int
+    """How many the whole training has."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+
+def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progress: Progress) -> Run:
+    """Everything up to the first step, and the run's "start" record. Raises TrainerError."""
+    started = time.perf_counter()
+    _check_batch_sizes(config, world)
+    kernels = find_mamba_kernels(config.device)
+    tokenizer = open_tokenizer(config.model)
+    base_config = model_config(config.model)
+    if len(tokenizer) > base_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {base_config.vocab_size}.",
+            remedy="give the model's own tokenizer in model.tokenizer",
+            context={"key": "model.tokenizer"},
+        )
+    data, validation = (
+        open_dataset(section, tokenizer, vocab_size=base_config.vocab_size, seed=config.seed)
+        if section
+        else None
+        for section in (config.dataset, config.validation_dataset)
+    )
+    assert data is not None
+
+    causal_lm = build_model(config.model, base_config, kernels, world.device, seed=config.seed)
+    targets = choose_targets(causal_lm, config.peft)
+    peft_model = add_lora(causal_lm, targets, config.peft, seed=config.seed)
+    if config.distributed.activation_checkpointing:
+        checkpoint_activations(causal_lm)
+    adapters = adapter_parameters(peft_model)
+    shares = share_adapted(peft_model, targets)  # before sharding: afterwards each process sees its part
+    training_model = TrainingModel(causal_lm)
+    training_model.train()
+    place(training_model, blocks_of(causal_lm), list(adapters.values()), world)
+    torch.manual_seed(config.seed + 1 + world.rank)  # from here on, dropout: every process its own
+
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        world=world,
+        metrics=metrics,
+        progress=progress,
+        peft_model=peft_model,
+        training_model=training_model,
+        adapters=adapters,
+        optimizer=make_optimizer(adapters.values(), config.optimizer),
+        stream=Stream(data, config.seed),
+        validation=validation,
+        pad=tokenizer.pad_token_id,
+        steps=_steps(config, data),
+    )
+    _announce(run, targets, shares, kernels_in_use(causal_lm, kernels), time.perf_counter() - started)
+    return run
+
+
+def _check_batch_sizes(config: Config, world: World) -> None:
+    scheduler = config.step_scheduler
+    multiple = scheduler.local_batch_size * world.size
+    if scheduler.global_batch_size % multiple:
+        raise ConfigError(
+            f"global_batch_size {scheduler.global_batch_size} can't be shared out to {world.size} processes "
+            f"in batches of {scheduler.local_batch_size}.",
+            remedy=f"--set step_scheduler.global_batch_size={multiple}  # or a multiple of it",
+            context={"key": "step_scheduler.global_batch_size"},
+        )
+
+
+def _steps(config: Config, data: Dataset) -> int:
+    scheduler = config.step_scheduler
+    epochs = math.ceil(len(data.examples) * (scheduler.num_epochs or 0) / scheduler.global_batch_size)
+    return min(limit for limit in (scheduler.max_steps, epochs) if limit)
+
+
+def _announce(
+    run: Run, targets: Targets, shares: dict[str, Any], kernels: dict[str, str], seconds: float
+) -> None:
+    device, metrics = run.world.device, run.metrics
+    datasets = {"data": run.stream.dataset, "validation_data": run.validation}
+    metrics.write(
+        "start",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        processes=run.world.size,
+        steps=run.steps,
+        seconds_to_prepare=seconds,
+        model=shares,
+        kernels=kernels,
+        **{name: data.figures() if data else None for name, data in datasets.items()},
+    )
+    metrics.say(
+        f"model: {shares['parameters']:,} parameters, {shares['trainable_parameters']:,} trained by LoRA on "
+        f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers"
+    )
+    metrics.say(
+        f"kernels on {device.type}: " + "; ".join(f"{kind}: {name}" for kind, name in kernels.items())
+    )
+    for data in datasets.values():
+        if data:
+            metrics.say(
+                "data: {name}: {examples} examples, {trained_tokens} of {tokens} tokens trained, "
+                "{truncated} truncated, {dropped} left out".format(**data.figures())
+            )
+    for note in (*run.config.notes(), *targets.notes):
+        metrics.note(note)
