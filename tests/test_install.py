@@ -222,3 +222,37 @@ def test_provided_packages_are_reached_and_recorded_and_not_installed(tmp_path: 
     )
     assert done.stdout.split() == ["machine", str(report.path)]
     assert "torch-like" not in {package.name for package in report.receipt.packages}
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    # Bytes that don't compress, three times the disk's size.
+    big = make_wheel(tmp_path / "made", "big", "1.0", files={"big.bin": os.urandom(3 << 20)})
+    make_bundle(Root(tmp_path / "root"), RECIPE, {big: ["runtime"]}, python=MINOR)
+    (tmp_path / "root" / "envs").mkdir()
+    program = tmp_path / "install.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from envbuilder.bundle import open_bundle\n"
+        "from envbuilder.errors import MismatchError\n"
+        "from tests.test_install import RECIPE, install\n"
+        "from envbuilder.paths import Root\n"
+        "folder = Path(sys.argv[1])\n"
+        "try:\n"
+        "    install(folder, open_bundle(Root(folder / 'root'), 'lab'))\n"
+        "except MismatchError as error:\n"
+        "    print(error.message, list((folder / 'root/envs').iterdir()))\n",
+        encoding="utf-8",
+    )
+    # A mount namespace of its own, for root and ordinary users alike.
+    command = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}/root/envs && {sys.executable} {program} {tmp_path}"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert "There is no room for" in done.stdout
+    assert done.stdout.endswith("[]\n")
