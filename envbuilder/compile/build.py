@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from build import BuildBackendException, BuildException, ProjectBuilder
@@ -66,14 +68,27 @@ def build_wheel(
 
     folder.mkdir()
     try:
-        builder = ProjectBuilder(source, python_executable=str(env.python), runner=in_sandbox)
-        return Path(builder.build("wheel", folder))
+        with _warnings_in(log):
+            builder = ProjectBuilder(source, python_executable=str(env.python), runner=in_sandbox)
+            return Path(builder.build("wheel", folder))
     except (BuildException, BuildBackendException) as error:
         raise BuildError(
             f"Building {sdist.package} {sdist.version} failed.",
             remedy=f"envbuilder doctor --log {log}",
             context={"log": log, "reason": error, "last lines": _last_lines(log)},
         ) from error
+
+
+@contextmanager
+def _warnings_in(log: Path) -> Iterator[None]:
+    """Puts Python warnings into `log`: pyproject_hooks repeats the backend's, which are for its authors."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            with log.open("a", encoding="utf-8") as file:
+                file.writelines(f"{warning.category.__name__}: {warning.message}\n" for warning in told)
 
 
 def check_wheel(

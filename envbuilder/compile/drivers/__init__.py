@@ -1,0 +1,1 @@
+"""Programs that stand in for a compiler: standalone, standard library only."""
