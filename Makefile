@@ -7,7 +7,7 @@ ROOT ?= $(CURDIR)/.envbuilder
 VENV = .venv
 BIN = $(VENV)/bin
 ENV_PYTHON = $(ROOT)/envs/quickstart/bin/python
-# The trainer's tests run in the built env, which has no pytest: it comes from here, beside the env.
+# The trainer is tested and type-checked in the built env; pytest and stubs, which it hasn't, come from here.
 TEST_SITE = build/test-site
 
 export ENVBUILDER_TEST_ROOT = $(ROOT)
@@ -24,13 +24,14 @@ lint: $(VENV)/ready $(TEST_SITE)/ready env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict envbuilder
-	MYPYPATH=$(TEST_SITE) $(BIN)/mypy --strict --python-executable $(ENV_PYTHON) trainer
+	PYTHONPATH=$(TEST_SITE) $(BIN)/mypy --strict --python-executable $(ENV_PYTHON) trainer
 
 test-unit: env
 	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab
 
 test-trainer: $(TEST_SITE)/ready env
-	PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer
+	# One thread a process: two processes on two cores, as under torchrun.
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer
 
 # Needs root and the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2.
 test-lab: $(VENV)/ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -72,6 +73,9 @@ def _version(wanted: bool) -> None:
     if wanted:
         print(f"envbuilder {__version__}")
         raise typer.Exit
+
+
+_FLAGS = frozenset({"--json", "--quiet", "-q", "--verbose", "-v"})
 
 
 @app.callback()
@@ -204,10 +208,17 @@ def compile_(
 
 
 @app.command()
-def install(context: typer.Context, recipe: RecipePath, python: PythonExe = None) -> None:
+def install(
+    context: typer.Context,
+    recipe: RecipePath,
+    python: PythonExe = None,
+    reinstall: Annotated[
+        bool, typer.Option("--reinstall", help="Make the env anew, whatever is there.")
+    ] = False,
+) -> None:
     """Make the env from bundle and wheelhouse alone."""
     opts: _Options = context.obj
-    report = opts.session(recipe).install(python)
+    report = opts.session(recipe).install(python, reinstall=reinstall)
     opts.lines(
         {"env": report.path, "packages": len(report.receipt.packages), "seconds": report.seconds},
         f"{report.path}: {summary.installed(report)}",
@@ -327,9 +338,17 @@ def _failed(findings: tuple[Finding, ...]) -> list[Finding]:
     return [finding for finding in findings if finding.verdict == "failed"]
 
 
+def _flags_first(arguments: list[str]) -> list[str]:
+    """The flags that every command takes may stand anywhere; the parser wants them before the command."""
+    flags = [word for word in arguments if word in _FLAGS]
+    return [*flags, *(word for word in arguments if word not in _FLAGS)]
+
+
 def main() -> None:
     """The entry point: runs a command, and turns a typed error into a message and its exit code."""
-    arguments = sys.argv[1:]
+    arguments = _flags_first(sys.argv[1:])
+    # The end of a Slurm job comes as SIGTERM: like Ctrl-C, it must leave nothing half-made behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(arguments)
     except EnvbuilderError as error:

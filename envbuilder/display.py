@@ -12,7 +12,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from envbuilder.errors import EnvbuilderError
 from envbuilder.model import Finding
@@ -124,23 +123,23 @@ def print_error(console: Console, error: EnvbuilderError, *, verbose: bool) -> N
 
 
 def print_findings(console: Console, findings: tuple[Finding, ...], *, verbose: bool) -> None:
-    """Doctor's findings as a table; evidence and remedies of what is not well."""
-    table = Table(box=None, pad_edge=False, show_header=False)
+    """Doctor's findings, a line each; evidence and remedies of what is not well."""
+    width = max((len(finding.check) for finding in findings), default=0)
+    indent = " " * (9 + width + 2)
     for finding in findings:
-        style = _VERDICT_STYLE[finding.verdict]
-        table.add_row(f"[{style}]{finding.verdict}[/]", escape(finding.check), escape(finding.summary))
-        if finding.verdict in ("failed", "warning") or verbose:
-            for line in finding.evidence:
-                table.add_row("", "", f"[dim]{escape(line)}[/]")
-        if finding.remedy and finding.verdict in ("failed", "warning"):
-            table.add_row("", "", f"[bold]remedy:[/] {escape(finding.remedy)}")
-    console.print(table, highlight=False)
+        verdict = f"[{_VERDICT_STYLE[finding.verdict]}]{finding.verdict:<9}[/]"
+        console.print(f"{verdict}{finding.check:<{width}}  {escape(finding.summary)}", highlight=False)
+        not_well = finding.verdict in ("failed", "warning")
+        for line in finding.evidence if not_well or verbose else ():
+            console.print(f"{indent}[dim]{escape(line)}[/]", highlight=False)
+        if finding.remedy and not_well:
+            console.print(f"{indent}[bold]remedy:[/] {escape(finding.remedy)}", highlight=False)
 
 
 def print_summary(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    """A titled table of two columns."""
-    console.print(f"\n[bold]{escape(title)}[/]")
-    table = Table(box=None, pad_edge=False, show_header=False)
+    """A title, and a line for each key with its value."""
+    console.print(f"\n[bold]{escape(title)}[/]", highlight=False)
+    width = max((len(key) for key, _ in rows), default=0)
     for key, value in rows:
-        table.add_row(f"[bold]{escape(key)}[/]", escape(value))
-    console.print(table, highlight=False)
+        value = value.replace("\n", "\n" + " " * (width + 2))
+        console.print(f"[bold]{escape(key):<{width}}[/]  {escape(value)}", highlight=False)

@@ -45,9 +45,17 @@ class InstallReport:
 
 
 def install_env(
-    recipe: Recipe, bundle: Bundle, *, root: Root, python: Path, reporter: Reporter
+    recipe: Recipe,
+    bundle: Bundle,
+    *,
+    root: Root,
+    python: Path,
+    reporter: Reporter,
+    reinstall: bool = False,
 ) -> InstallReport:
-    """Makes the env of `recipe` for interpreter `python`, or leaves it where it is what would be made.
+    """Makes the env of `recipe` for interpreter `python`.
+
+    One that is there with the receipt that it would get is left alone, unless `reinstall`.
 
     Raises MismatchError where a source package has not been compiled for this machine or a provided package
     is missing, IntegrityError where a file is not the one that was locked or built. Then the env that was
@@ -69,7 +77,7 @@ def install_env(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     folder = root.env(recipe.name)
-    if there := _same_env(folder, receipt):
+    if not reinstall and (there := _same_env(folder, receipt)):
         reporter.note(f"{folder} is already what the lock and the wheelhouse say")
         return InstallReport(folder, there, time.monotonic() - began)
     reporter.stage(f"installing {len(wheels)} packages into {folder}")

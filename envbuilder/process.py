@@ -59,7 +59,7 @@ def run(
         raise MismatchError(
             f"The program {words[0]} is not on this machine.",
             remedy=f"Install {Path(words[0]).name}, or load the module that has it.",
-            context={"command": " ".join(words)},
+            context={"command": " ".join(words).splitlines()[0][:200]},
         ) from error
     lines: list[str] = []
     with (

@@ -130,7 +130,7 @@ class Session:
             rebuild=rebuild,
         )
 
-    def install(self, python: Path | None = None) -> InstallReport:
+    def install(self, python: Path | None = None, *, reinstall: bool = False) -> InstallReport:
         """Makes the env from bundle and wheelhouse."""
         interpreter = self.interpreter(python)
         return install_env(
@@ -139,6 +139,7 @@ class Session:
             root=self.root,
             python=interpreter,
             reporter=self.reporter,
+            reinstall=reinstall,
         )
 
     def doctor(self, only: frozenset[str] = frozenset()) -> tuple[Finding, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,9 +38,8 @@ class Subject:
 
     @property
     def remake_env(self) -> str:
-        """The command that makes the env anew: `install` leaves one alone whose receipt is right."""
-        receipt = self.root.env(self.recipe.name if self.recipe else "NAME") / RECEIPT
-        return f"rm {shlex.quote(str(receipt))} && envbuilder install {self.recipe_file}"
+        """The command that makes the env anew: without the flag, one whose receipt is right is left alone."""
+        return f"envbuilder install {self.recipe_file} --reinstall"
 
     @property
     def python(self) -> Path:

@@ -114,10 +114,13 @@ def _without_outcome(run: Path, recipe_name: str, ended: Ended) -> TrainingError
 
 def _tail(ended: Ended) -> str:
     """The end of what this part of the run wrote."""
-    with ended.log.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(ended.log_start, size - _TAIL_BYTES))
-        return file.read().decode(errors="replace")
+    try:
+        with ended.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(ended.log_start, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        return f"(the log can't be read: {error})"
 
 
 def _exit_code(returncode: int, log: str) -> int:

@@ -1,4 +1,4 @@
-"""A CUDA extension that behaves as the real ones do: fixed architectures, several threads, a cautious flag."""
+"""A CUDA extension that behaves as real ones do: fixed architectures, several threads, a cautious flag."""
 
 import os
 
