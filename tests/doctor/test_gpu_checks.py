@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from envbuilder.doctor.checks.gpu import judge_kernels
 from envbuilder.model import InstalledPackage
 from envbuilder.paths import Root
 from tests.doctor.conftest import TinyEnv, nvidia_smi, run_one, torch_version
@@ -114,3 +116,31 @@ def test_kernels_that_can_not_run_are_a_failure_with_the_last_words(
     finding = env.check("gpu.kernels")
     assert finding.verdict == "failed"
     assert any("Found no NVIDIA driver" in line for line in finding.evidence)
+
+
+def _run(kernel: str, problem: str | None) -> dict[str, Any]:
+    """One result as kernels.py prints it."""
+    return {
+        "kernel": kernel,
+        "case": "torch.float16, 2 by 1031",
+        "quantity": "output",
+        "error": 0.5 if problem else 1e-4,
+        "tolerance": 1e-3,
+        "problem": problem,
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "verdict"),
+    [
+        ([], "ok"),
+        (["causal_conv1d_fn, short last block"], "warning"),
+        (["causal_conv1d_fn"], "failed"),
+        (["causal_conv1d_fn, short last block", "selective_scan_fn"], "failed"),
+    ],
+)
+def test_only_a_defect_that_every_build_has_is_no_failure(wrong: list[str], verdict: str) -> None:
+    results = [_run("causal_conv1d_fn", None), *(_run(kernel, "gradient of x is off") for kernel in wrong)]
+    outcome = judge_kernels(results, "a GPU", "recipes/tiny.toml")
+    assert outcome.verdict == verdict
+    assert (outcome.remedy is None) == (verdict == "ok")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from itertools import groupby
 from typing import Any
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
@@ -104,6 +103,19 @@ def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
     return ok(f"The driver serves CUDA {served}, and torch is built with CUDA {torch.cuda}.", *evidence)
 
 
+KNOWN_DEFECTS = {
+    "causal_conv1d_fn, short last block": (
+        # csrc/causal_conv1d_bwd.cu of 1.7.0: the elements before a block are loaded only up to index
+        # seqlen - block start, though they lie before it; SiLU's gradient is recomputed from them.
+        "causal-conv1d's gradient of x for channel-first input with SiLU, in the last block of 2048 bytes "
+        "where that holds fewer than 16 bytes",
+        "Nothing for Nemotron-H, whose mixers call it channel-last. In code of your own: channel-last input, "
+        "or a length that is a multiple of 8.",
+    )
+}
+"""Kernels that a right build gets wrong too → what is wrong, and what to do about it."""
+
+
 def check_kernels(subject: Subject, reporter: Reporter) -> Outcome:
     """Compiled kernels, forward and backward, against a float64 reference (kernels.py)."""
     provided = subject.receipt.provided
@@ -115,21 +127,42 @@ def check_kernels(subject: Subject, reporter: Reporter) -> Outcome:
         return skipped(f"The env has none of {', '.join(KERNEL_PACKAGES)}.")
     rebuild = f"envbuilder compile {subject.recipe_file} --local --rebuild"
     report = run_script(subject.python, "kernels.py", *packages, timeout_s=KERNEL_TIMEOUT_S, remedy=rebuild)
-    results: list[dict[str, Any]] = report["results"]
+    return judge_kernels(report["results"], report["device"], subject.recipe_file)
+
+
+def judge_kernels(results: list[dict[str, Any]], device: str, recipe_file: str) -> Outcome:
+    """The verdict on the runs that kernels.py prints: wrong, wrong as is known of the package, or right."""
     wrong = [result for result in results if result["problem"]]
-    if wrong:
+    known = [result for result in wrong if result["kernel"] in KNOWN_DEFECTS]
+    if new := [result for result in wrong if result not in known]:
         return failed(
-            f"{len(wrong)} of {len(results)} kernel runs on {report['device']} are wrong.",
-            *(f"{result['kernel']} ({result['case']}): {result['problem']}" for result in wrong[:20]),
-            remedy=remedy_for(wrong[0]["problem"], subject.recipe_file) or rebuild,
+            f"{len(new)} of {len(results)} kernel runs on {device} are wrong.",
+            *map(_problem, new[:20]),
+            remedy=remedy_for(new[0]["problem"], recipe_file)
+            or f"envbuilder compile {recipe_file} --local --rebuild",
+        )
+    if known:
+        defect, remedy = KNOWN_DEFECTS[known[0]["kernel"]]
+        return warning(
+            f"{len(known)} of {len(results)} kernel runs on {device} are wrong as is known: {defect}.",
+            *map(_problem, known[:20]),
+            remedy=remedy,
         )
     return ok(
-        f"{len(results)} kernel runs on {report['device']}, forward and backward, agree with float64.",
-        *(
-            _worst(kernel, list(runs))
-            for kernel, runs in groupby(results, key=lambda result: result["kernel"])
-        ),
+        f"{len(results)} kernel runs on {device}, forward and backward, agree with float64.",
+        *(_worst(kernel, runs) for kernel, runs in _by_kernel(results).items()),
     )
+
+
+def _problem(result: dict[str, Any]) -> str:
+    return f"{result['kernel']} ({result['case']}): {result['problem']}"
+
+
+def _by_kernel(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    kernels: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        kernels.setdefault(result["kernel"], []).append(result)
+    return kernels
 
 
 def _worst(kernel: str, runs: list[dict[str, Any]]) -> str:
