@@ -11,7 +11,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from envbuilder.errors import EnvbuilderError
 from envbuilder.model import Finding
@@ -52,7 +52,6 @@ class ConsoleReporter:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[counts]}"),
-                TimeRemainingColumn(),
                 console=console,
                 transient=True,
             )
@@ -93,8 +92,11 @@ class ConsoleReporter:
         if label not in self._tasks:
             self._tasks[label] = live.add_task(label, total=total, counts=counts)
         task = self._tasks[label]
-        if unit == "bytes" and (speed := live.tasks[live.task_ids.index(task)].speed):
-            counts += f", {human_bytes(speed)}/s"
+        shown = live.tasks[live.task_ids.index(task)]
+        if unit == "bytes" and shown.speed:
+            counts += f", {human_bytes(shown.speed)}/s"
+        if unit != "units" and shown.time_remaining is not None:
+            counts += f", {shown.time_remaining:.0f} s left"
         live.update(task, completed=done, total=total, counts=counts)
         if done >= total:
             live.remove_task(self._tasks.pop(label))
@@ -106,7 +108,8 @@ class ConsoleReporter:
             return
         self._last_plain[label] = (began, now)
         line = f"  {label}: {amount(done, unit)} of {amount(total, unit)}"
-        if 0 < done < total and now > began:
+        # Translation units differ a hundredfold: their number says nothing of the time left.
+        if unit != "units" and 0 < done < total and now > began:
             line += f", {(now - began) * (total - done) / done:.0f} s left"
         self._console.print(escape(line), highlight=False)
         if done >= total:
