@@ -46,9 +46,11 @@ def run_checks(
 
 
 def _run(check: Check, subject: Subject, reporter: Reporter) -> Finding:
-    reporter.stage(f"checking {check.title}")
     try:
-        outcome = _unmet(check, subject) or check.run(subject, reporter)
+        outcome = _unmet(check, subject)
+        if outcome is None:
+            reporter.stage(f"checking {check.title}")
+            outcome = check.run(subject, reporter)
     except EnvbuilderError as error:
         evidence = tuple(f"{key}: {value}" for key, value in error.context.items())
         outcome = Outcome("failed", error.message, evidence, error.remedy)

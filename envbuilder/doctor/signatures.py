@@ -75,7 +75,7 @@ def _finding(signature: Signature, text: str, at: int) -> Finding:
         check=f"log.{signature.id}",
         verdict="warning" if signature.survivable else "failed",
         summary=signature.cause,
-        evidence=(f"line {number}: {line}", f"seen in {signature.seen}"),
+        evidence=(f"line {number}: {line}", f"seen: {signature.seen}"),
         remedy=signature.remedy,
     )
 
