@@ -347,7 +347,7 @@ def _flags_first(arguments: list[str]) -> list[str]:
 def main() -> None:
     """The entry point: runs a command, and turns a typed error into a message and its exit code."""
     arguments = _flags_first(sys.argv[1:])
-    # The end of a Slurm job comes as SIGTERM: like Ctrl-C, it must leave nothing half-made behind.
+    # The end of a Slurm job comes as SIGTERM: like Ctrl-C (exit 130), it must leave nothing half-made behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(arguments)
@@ -358,6 +358,3 @@ def main() -> None:
             verbose = "--verbose" in arguments or "-v" in arguments
             display.print_error(Console(stderr=True, soft_wrap=True), error, verbose=verbose)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from here")
-        sys.exit(130)
