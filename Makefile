@@ -8,7 +8,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 ENV_PYTHON = $(ROOT)/envs/quickstart/bin/python
 # The trainer is tested and type-checked in the built env; pytest and stubs, which it hasn't, come from here.
-TEST_SITE = build/test-site
+TEST_SITE = .cache/test-site
 
 export ENVBUILDER_TEST_ROOT = $(ROOT)
 
@@ -67,4 +67,4 @@ check-machine:
 		sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v}: make PYTHON=python3.12 ...")'
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
