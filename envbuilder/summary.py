@@ -36,14 +36,17 @@ def installed(report: InstallReport) -> str:
 
 
 def trained(report: TrainReport) -> list[tuple[str, str]]:
+    """What the run measured: one that had nothing left to train measured no speed."""
     outcome = report.outcome
     rows = [
-        ("steps", str(outcome["steps"])),
-        ("loss", f"{outcome['first_loss']:.4f} at the first step, {outcome['last_loss']:.4f} at the last"),
-        ("tokens per second", f"{outcome['tokens_per_second']:.0f}"),
-        ("first step", f"{outcome['first_step_seconds']:.1f} s"),
-        ("adapter", str(outcome["adapter"])),
+        ("steps", "{}", outcome["steps"]),
+        ("loss at the first step", "{:.4f}", outcome["first_loss"]),
+        ("loss at the last step", "{:.4f}", outcome["last_loss"]),
+        ("tokens per second", "{:.0f}", outcome["tokens_per_second"]),
+        ("first step", "{:.1f} s", outcome["first_step_seconds"]),
+        ("adapter", "{}", outcome["adapter"]),
     ]
-    if outcome.get("peak_memory_bytes"):
-        rows.append(("peak memory", human_bytes(outcome["peak_memory_bytes"])))
-    return rows
+    shown = [(name, form.format(value)) for name, form, value in rows if value is not None]
+    if outcome["peak_memory_bytes"]:
+        shown.append(("peak memory", human_bytes(outcome["peak_memory_bytes"])))
+    return shown
