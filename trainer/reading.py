@@ -63,9 +63,10 @@ class _Source:
             return
         found = [text for _, text in sorted(self.mistakes)]
         count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
+        in_file = any(line for line, _ in self.mistakes)
         raise ConfigError(
             f"{self.file.name} has {count}: {'; '.join(found)}",
-            remedy=f"edit {self.file}",
+            remedy=f"edit {self.file}" if in_file else "change what --set says",
             context={"file": self.file} | {f"mistake {n}": text for n, text in enumerate(found, start=1)},
         )
 
@@ -157,9 +158,10 @@ def _apply_override(tree: dict[str, Any], override: str, source: _Source) -> Non
     except yaml.YAMLError:
         value = text
     place = tree
-    for name in names[:-1]:
+    for depth, name in enumerate(names[:-1], start=1):
         if not isinstance(place.get(name), dict):
             place[name] = {}
+            source.lines[names[:depth]] = 0
         place = place[name]
     place[names[-1]] = value
     for key in [key for key in source.lines if key[: len(names)] == names]:

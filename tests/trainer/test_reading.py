@@ -56,6 +56,9 @@ def test_overrides_change_values_and_are_checked(config_file: Path) -> None:
     assert (config.optimizer.lr, config.peft.dim, config.checkpoint.keep_last) == (1e-4, 2, 5)
     with pytest.raises(ConfigError, match=r"--set: peft\.dimm: unknown key"):
         read_config(config_file, ["peft.dimm=2"])
+    with pytest.raises(ConfigError, match=r"--set: pefft: unknown key") as caught:
+        read_config(config_file, ["pefft.dim=2"])
+    assert caught.value.remedy == "change what --set says"
     with pytest.raises(ConfigError, match=r"section\.key=value"):
         read_config(config_file, ["peft.dim"])
 
