@@ -86,4 +86,8 @@ def _key(loc: tuple[int | str, ...]) -> str:
 
 
 def _in_words(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "unknown key")
+    return (
+        message.removeprefix("Value error, ")
+        .replace("Extra inputs are not permitted", "unknown key")
+        .replace("valid tuple", "list")
+    )
