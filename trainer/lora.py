@@ -71,6 +71,8 @@ def choose_targets(causal_lm: nn.Module, section: PeftSection) -> Targets:
             context={"key": "peft.exclude_modules"},
         )
     notes = []
+    if section.match_all_linear:
+        notes.append("match_all_linear takes the linear layers of the blocks: lm_head is left out")
     if skipped:
         notes.append(
             f"match_all_linear leaves out {skipped} mamba out_proj layers: PEFT would refuse to load the "

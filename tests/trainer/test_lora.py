@@ -46,7 +46,9 @@ def test_match_all_linear_takes_the_blocks_layers_except_out_proj(causal_lm: Any
     endings = {name.rpartition(".")[2] for name in targets.names}
     assert endings == {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
     assert (len(targets.names), targets.linear_layers) == (8, 11)
-    assert "2 mamba out_proj layers" in targets.notes[0]
+    lm_head, out_proj = targets.notes
+    assert "lm_head is left out" in lm_head
+    assert "2 mamba out_proj layers" in out_proj
 
 
 def test_targets_are_names_endings_or_patterns(causal_lm: Any) -> None:
