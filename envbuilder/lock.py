@@ -80,8 +80,13 @@ class SourceLock:
 
     name: str
     pylock: Pylock
-    digest: str
-    """sha256 of the lock file's text."""
+    text: str
+    """The lock file's text, from which the rest was parsed: what a bundle keeps is what was used."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the lock file's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def recipe_digest(self) -> str:
@@ -214,7 +219,7 @@ def parse_lock(name: str, text: str) -> SourceLock:
                 raise refuse(f"{file.filename} has no sha256 or no size")
             if file.url is not None or file.path != f"{FILES}/{file.filename}":
                 raise refuse(f"{file.filename} must be named by its path in a bundle, and by no URL")
-    return SourceLock(name, pylock, hashlib.sha256(text.encode()).hexdigest())
+    return SourceLock(name, pylock, text)
 
 
 def compose_lock(recipe: Recipe, *, digest: str, resolver: str, entries: Sequence[LockEntry]) -> str:

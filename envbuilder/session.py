@@ -76,7 +76,6 @@ class Session:
             return fetch_bundle(
                 self.recipe,
                 lock,
-                self.lock_path.read_text(encoding="utf-8"),
                 root=self.root,
                 python=python or f"{sys.version_info.major}.{sys.version_info.minor}",
                 indexes=open_indexes(self._index_names, client),

@@ -45,7 +45,6 @@ class FetchReport:
 def fetch_bundle(
     recipe: Recipe,
     lock: SourceLock,
-    lock_text: str,
     *,
     root: Root,
     python: str,
@@ -77,7 +76,7 @@ def fetch_bundle(
     )
     folder = root.bundle(recipe.name)
     contents = {
-        folder / lock_filename(recipe.name): lock_text.encode(),
+        folder / lock_filename(recipe.name): lock.text.encode(),
         folder / RECIPE: _recipe_toml(recipe).encode(),
         folder / START: Path(__file__).with_name("start.py").read_bytes(),
         **{folder / TOOL / wheel.filename: wheel.content for wheel in (tool, trainer) if wheel},

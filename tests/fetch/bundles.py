@@ -99,7 +99,6 @@ class Fetcher:
         return fetch_bundle(
             self.recipe,
             self.lock,
-            self.lock_text,
             root=self.root,
             python=PYTHON,
             indexes={"default": Index("default", self.index_url, self.client)},
