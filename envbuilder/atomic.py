@@ -16,7 +16,8 @@ from envbuilder.errors import MismatchError
 FOLDER_MODE = 0o2750
 """Of the folders that `make_folder` makes: setgid, so what is made in them gets the project's group."""
 FILE_MODE = 0o640
-_SUFFIX = ".new"
+NEW_SUFFIX = ".new"
+"""Of hidden files that are on their way to their name; `remove_leftovers` knows them by it."""
 _ABANDONED = 3600.0
 """Seconds without a write after which a new file's writer has surely ended."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -40,7 +41,7 @@ def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = Tr
     with writing(path, size):
         make_folder(path.parent)
         # A random name that did not exist: no other process writes it, and no planted link is followed.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=_SUFFIX, dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=NEW_SUFFIX, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
@@ -59,9 +60,10 @@ def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = Tr
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed writers left in `folder`: new files that nobody has written to for an hour."""
-    for path in folder.glob(f".*{_SUFFIX}"):
+    for path in folder.glob(f".*{NEW_SUFFIX}"):
         with suppress(FileNotFoundError):
-            if path.lstat().st_mtime < time.time() - _ABANDONED:
+            # ctime: a new link to an old file has that file's mtime.
+            if path.lstat().st_ctime < time.time() - _ABANDONED:
                 path.unlink()
 
 

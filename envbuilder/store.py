@@ -54,6 +54,16 @@ class Store:
             self._take_over(part, sha256, size)
             fill(part)
             self._publish(part, sha256, size)
+        except FileNotFoundError as error:
+            # Another fetch of the same file was done first, and tidied ours away; at any point of the three.
+            if part.exists():
+                raise
+            if not self.has(sha256, size):
+                raise NetworkError(
+                    f"Another process has removed {part} during the download.",
+                    remedy="Run the same command again.",
+                    context={"file": part},
+                ) from error
         except (IntegrityError, MismatchError):
             self._remove_partials(sha256)
             raise
@@ -84,19 +94,10 @@ class Store:
         return self.folder / "partial"
 
     def _publish(self, part: Path, sha256: str, size: int) -> None:
-        try:
-            with writing(part, size), part.open("rb") as file:
-                os.fchmod(file.fileno(), STORED_MODE)
-                os.fsync(file.fileno())
-                part.replace(self.path(sha256))
-        except FileNotFoundError as error:
-            # Another fetch of the same file was done first, and tidied up.
-            if not self.has(sha256, size):
-                raise NetworkError(
-                    f"Another process has removed {part} during the download.",
-                    remedy="Run the same command again.",
-                    context={"file": part},
-                ) from error
+        with writing(part, size), part.open("rb") as file:
+            os.fchmod(file.fileno(), STORED_MODE)
+            os.fsync(file.fileno())
+            part.replace(self.path(sha256))
         fsync_folder(self.folder)
 
     def _new_partial(self, sha256: str, size: int) -> Path:

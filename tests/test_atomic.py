@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import time
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,10 +107,23 @@ def test_making_a_folder_that_is_there_changes_nothing(tmp_path: Path) -> None:
     assert mode(folder) == 0o700
 
 
-def test_only_old_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    for name in (".a.x1.new", ".a.x2.new", "a", ".hidden"):
+def test_only_old_leftovers_of_killed_writers_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (".a.x1.new", "a", ".hidden"):
         (tmp_path / name).write_text("x")
-        if name != ".a.x2.new":
-            os.utime(tmp_path / name, (1_000_000_000, 1_000_000_000))
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.x2.new", ".hidden", "a"]
+    assert (tmp_path / ".a.x1.new").exists()
+    now = time.time()
+    monkeypatch.setattr("envbuilder.atomic.time.time", lambda: now + 7200)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "a"]
+
+
+def test_a_new_link_to_an_old_file_is_no_leftover(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("x")
+    os.utime(tmp_path / "old", (1_000_000_000, 1_000_000_000))
+    os.link(tmp_path / "old", tmp_path / ".link.new")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / ".link.new").exists()
+

@@ -109,6 +109,22 @@ def test_a_fetch_that_was_overtaken_takes_what_the_other_stored(store: Store) ->
     assert store.add(SHA256, SIZE, overtaken).read_bytes() == BODY
 
 
+def test_a_fetch_that_was_overtaken_before_it_began_takes_what_the_other_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_over = Store._take_over
+
+    def after_another(self: Store, part: Path, sha256: str, size: int) -> None:
+        monkeypatch.setattr(Store, "_take_over", take_over)
+        store.add(SHA256, SIZE, whole)
+        assert not part.exists()
+        take_over(self, part, sha256, size)
+
+    monkeypatch.setattr(Store, "_take_over", after_another)
+    assert store.add(SHA256, SIZE, failing(AssertionError("nothing is left to do"))).read_bytes() == BODY
+    assert partials(store) == []
+
+
 def test_a_partial_file_that_somebody_removed_is_a_typed_error(store: Store) -> None:
     with pytest.raises(NetworkError, match="removed"):
         store.add(SHA256, SIZE, Path.unlink)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from envbuilder.atomic import make_folder, no_room, write_atomically, writing
+from envbuilder.atomic import NEW_SUFFIX, make_folder, no_room, write_atomically, writing
 from envbuilder.bundle import copy_verified, hash_file
 from envbuilder.download import download
 from envbuilder.errors import IntegrityError, NetworkError
@@ -182,16 +183,16 @@ def _is(path: Path, file: LockedFile) -> bool:
 def _place(store: Store, file: LockedFile, folder: Path) -> None:
     """Puts a stored file into the bundle: a hard link, or a copy where the file system has none."""
     stored, destination = store.path(file.sha256), folder / file.filename
+    # Under a name of its own first: at no moment does another fetch find the file missing.
+    link = destination.with_name(f".{token_hex(8)}{NEW_SUFFIX}")
     with writing(destination, file.size):
-        while True:
-            destination.unlink(missing_ok=True)
-            try:
-                os.link(stored, destination)
-            except FileExistsError:
-                continue  # another fetch of this bundle put its file there meanwhile
-            except OSError:
-                copy_verified(stored, file.sha256, file.size, destination)
+        try:
+            os.link(stored, link)
+        except OSError:
+            copy_verified(stored, file.sha256, file.size, destination)
             return
+        link.replace(destination)
+        link.unlink(missing_ok=True)  # where both were the same file, `replace` has done nothing
 
 
 class _Meter:

@@ -12,7 +12,7 @@ import tomli_w
 
 from envbuilder import __version__
 from envbuilder.atomic import make_folder, remove_leftovers, write_atomically, writing
-from envbuilder.bundle import RECIPE, RECORD, START, TOOL, open_bundle
+from envbuilder.bundle import RECIPE, RECORD, START, TOOL
 from envbuilder.fetch.files import bring_files, plan_files, read_stamps, write_stamps
 from envbuilder.fetch.selfpack import pack_tool, pack_trainer
 from envbuilder.index import Index
@@ -112,7 +112,8 @@ def fetch_bundle(
     write_stamps(stamps, files, folder / FILES)
     store.tidy()
     return FetchReport(
-        bundle=open_bundle(root, recipe.name),
+        # Not read back: another fetch of this bundle may be about to write the same record again.
+        bundle=Bundle(path=folder, record=record, lock=lock),
         files=len(files),
         bytes=sum(file.size for file in files),
         transferred_files=len(plan.index),
@@ -127,7 +128,10 @@ def _recipe_toml(recipe: Recipe) -> str:
 
 
 def _has(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _others(folder: Path, names: set[str]) -> list[Path]:
