@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from typing import BinaryIO
 from envbuilder.errors import MismatchError
 
 FOLDER_MODE = 0o2750
-"""Of the folders that `make_folder` makes: setgid, so what is made in them gets the project's group."""
+"""Of the folders that `make_folder` makes: setgid, so what is made in them gets the project's group. Where
+that group may write in the parent, it may in the folder too."""
 FILE_MODE = 0o640
 NEW_SUFFIX = ".new"
 """Of hidden files that are on their way to their name; `remove_leftovers` knows them by it."""
@@ -61,7 +63,7 @@ def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = Tr
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed writers left in `folder`: new files that nobody has written to for an hour."""
     for path in folder.glob(f".*{NEW_SUFFIX}"):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, PermissionError):  # done meanwhile, or another user's
             # ctime: a new link to an old file has that file's mtime.
             if path.lstat().st_ctime < time.time() - _ABANDONED:
                 path.unlink()
@@ -81,15 +83,26 @@ def fsync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes folder `path` and its parents with FOLDER_MODE, whatever the umask; one that is there stays."""
+    """Makes folder `path` and its parents with FOLDER_MODE, whatever the umask; one that is there stays.
+
+    In a folder that a group shares, and only the group, a new one is shared in the same way.
+    """
     if path.is_dir():
         return
     make_folder(path.parent)
+    parent = path.parent.stat()
+    shared = bool(parent.st_mode & stat.S_IWGRP) and not parent.st_mode & stat.S_IWOTH
     try:
-        path.mkdir()
+        path.mkdir(mode=FOLDER_MODE & 0o777)
     except FileExistsError:
         return  # another process was faster
-    path.chmod(FOLDER_MODE)
+    if shared and path.stat().st_gid != parent.st_gid:
+        # Without a setgid bit on the parent, the new folder has the user's own group, perhaps everybody's.
+        try:
+            os.chown(path, -1, parent.st_gid)
+        except PermissionError:
+            shared = False
+    path.chmod(FOLDER_MODE | (stat.S_IWGRP if shared else 0))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +20,12 @@ from envbuilder.report import Unit
 
 _PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines of one label."""
+_LIVE_INTERVAL = 0.1
+"""Seconds between two changes of a line on a terminal; progress is told thousands of times a second."""
+_ITEM_DELAY = 0.5
+"""Seconds after which a file that is under way gets a line of its own on a terminal."""
+_NAME_WIDTH = 40
+"""Characters of a file's name that are shown."""
 _VERDICT_STYLE = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
@@ -36,6 +43,32 @@ def amount(count: float, unit: Unit) -> str:
     return human_bytes(count) if unit == "bytes" else f"{count:.0f} {unit}"
 
 
+def shortened(name: str) -> str:
+    """`name` with its middle left out where it is long: a wheel's begin and end tell it from others."""
+    return name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH // 2]}…{name[1 - _NAME_WIDTH // 2 :]}"
+
+
+@dataclass
+class _Shown:
+    """One line of progress: when it began, with how much, and when it was last brought up to date."""
+
+    began: float
+    first: int
+    last: float
+    task: TaskID | None = None
+
+    def due(self, now: float, interval: float, *, ended: bool) -> bool:
+        """Whether it is to be shown again; it then counts as shown."""
+        if not ended and now - self.last < interval:
+            return False
+        self.last = now
+        return True
+
+    def rate(self, now: float, done: int) -> float:
+        """Units a second since it began; 0 where that can't be said."""
+        return (done - self.first) / (now - self.began) if now > self.began and done > self.first else 0.0
+
+
 class ConsoleReporter:
     """A `Reporter` for people; a context manager, so that the live display is always put away."""
 
@@ -43,15 +76,15 @@ class ConsoleReporter:
         self._console = console
         self._quiet = quiet
         self._lock = threading.Lock()
-        self._tasks: dict[str, TaskID] = {}
-        self._last_plain: dict[str, tuple[float, float]] = {}
+        self._shown: dict[tuple[str, str], _Shown] = {}
+        """By label and name of the file; "" is the label's own line."""
         self._live: Progress | None = None
         if console.is_terminal and not quiet:
             self._live = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[counts]}"),
+                TextColumn("{task.fields[counts]}", markup=False),
                 console=console,
                 transient=True,
             )
@@ -83,37 +116,55 @@ class ConsoleReporter:
             return
         with self._lock:
             if self._live:
-                self._show(self._live, label, done, total, unit)
+                self._show(self._live, (label, ""), label, done, total, unit)
             else:
                 self._say(label, done, total, unit)
 
-    def _show(self, live: Progress, label: str, done: int, total: int, unit: Unit) -> None:
-        counts = f"{amount(done, unit)} of {amount(total, unit)}"
-        if label not in self._tasks:
-            self._tasks[label] = live.add_task(label, total=total, counts=counts)
-        task = self._tasks[label]
-        shown = live.tasks[live.task_ids.index(task)]
-        if unit == "bytes" and shown.speed:
-            counts += f", {human_bytes(shown.speed)}/s"
-        if unit != "units" and shown.time_remaining is not None:
-            counts += f", {shown.time_remaining:.0f} s left"
-        live.update(task, completed=done, total=total, counts=counts)
-        if done >= total:
-            live.remove_task(self._tasks.pop(label))
+    def item(self, label: str, name: str, done: int, total: int) -> None:
+        # Line after line of files would tell nobody anything: they are for terminals.
+        if self._live and not self._quiet:
+            with self._lock:
+                self._show(self._live, (label, name), f"  {shortened(name)}", done, total, "bytes")
+
+    def _show(
+        self, live: Progress, key: tuple[str, str], description: str, done: int, total: int, unit: Unit
+    ) -> None:
+        now, ended = time.monotonic(), done >= total
+        # A file shows only when it has been under way for a moment: small ones would flicker by.
+        begun = now if key[1] else 0.0
+        shown = self._shown.setdefault(key, _Shown(now, done, begun))
+        if not shown.due(now, _ITEM_DELAY if key[1] and shown.task is None else _LIVE_INTERVAL, ended=ended):
+            return
+        if ended:
+            del self._shown[key]
+            if shown.task is not None:
+                live.remove_task(shown.task)
+            return
+        counts = self._counts(shown, now, done, total, unit)
+        if shown.task is None:
+            shown.task = live.add_task(description, total=total, completed=done, counts=counts)
+        else:
+            live.update(shown.task, completed=done, total=total, counts=counts)
 
     def _say(self, label: str, done: int, total: int, unit: Unit) -> None:
-        now = time.monotonic()
-        began, last = self._last_plain.get(label, (now, 0.0))
-        if done < total and now - last < _PLAIN_INTERVAL:
+        now, ended = time.monotonic(), done >= total
+        shown = self._shown.setdefault((label, ""), _Shown(now, done, now))
+        if not shown.due(now, _PLAIN_INTERVAL, ended=ended):
             return
-        self._last_plain[label] = (began, now)
-        line = f"  {label}: {amount(done, unit)} of {amount(total, unit)}"
+        if ended:
+            del self._shown[label, ""]
+        self._console.print(
+            escape(f"  {label}: {self._counts(shown, now, done, total, unit)}"), highlight=False
+        )
+
+    def _counts(self, shown: _Shown, now: float, done: int, total: int, unit: Unit) -> str:
+        counts, rate = f"{amount(done, unit)} of {amount(total, unit)}", shown.rate(now, done)
+        if unit == "bytes" and rate:
+            counts += f", {human_bytes(rate)}/s"
         # Translation units differ a hundredfold: their number says nothing of the time left.
-        if unit != "units" and 0 < done < total and now > began:
-            line += f", {(now - began) * (total - done) / done:.0f} s left"
-        self._console.print(escape(line), highlight=False)
-        if done >= total:
-            del self._last_plain[label]
+        if unit != "units" and rate and done < total:
+            counts += f", {(total - done) / rate:.0f} s left"
+        return counts
 
 
 def print_error(console: Console, error: EnvbuilderError, *, verbose: bool) -> None:

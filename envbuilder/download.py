@@ -1,5 +1,9 @@
 """One file over HTTP: resumed, retried, bounded, hashed on the way.
 
+httpx speaks to the server, with its proxies, certificates, redirects and credentials. The body of a large
+file is then read from the socket itself into one buffer: through httpx each byte costs several copies more,
+and a processor does little but copy.
+
 The hash is the judge. Within one run a changed ETag tells early that the server's file is another one; what
 an earlier run left is gone on from without (many indexes send no ETag), and if the whole turns out wrong, it
 is fetched again from its first byte.
@@ -12,8 +16,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
+import ssl
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,7 +32,13 @@ from envbuilder.atomic import writing
 from envbuilder.errors import IntegrityError, NetworkError
 
 CHUNK = 1 << 20
-"""Bytes of a partial file that are read and hashed at once."""
+"""Bytes that are received, or read back, hashed and written at once."""
+_LARGE = 1 << 20
+"""Bytes of a body from which it is read from the socket. Its connection can't be used again afterwards."""
+_PUSHED = 1 << 25
+"""Bytes after which the disk is set to work, so that the fsync at the end has little left to wait for."""
+_MOMENT = 0.1
+"""Seconds after which what has come is written, whether it is a whole chunk or not."""
 _PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Seconds before each retry in a row that brought nothing new; after the last one it is given up."""
 _LONGEST_PAUSE = 60.0
@@ -86,6 +99,10 @@ class _Download:
         """Whether they come from more than one answer."""
         self.etag: str | None = None
         """Of the file that this run is receiving, where the server says it."""
+        self.direct = True
+        """Whether large bodies are read from the socket."""
+        self.pushed = 0
+        """Bytes that the disk has been told to write."""
 
     def run(self) -> None:
         self.take_up()
@@ -93,6 +110,7 @@ class _Download:
         if self.hash.hexdigest() != self.sha256 and self.pieced:
             # The pieces may be of two files, or torn by a crash: only one whole answer is a verdict.
             self.begin_again()
+            self.direct = False
             self.fill()
         if self.hash.hexdigest() != self.sha256:
             raise self.refusal("sha256", self.sha256, self.hash.hexdigest())
@@ -104,6 +122,7 @@ class _Download:
             self.begin_again()
         while chunk := self.file.read(CHUNK):
             self.count(chunk)
+        self.pushed = self.offset
         self.pieced = self.offset > 0
 
     def begin_again(self) -> None:
@@ -112,6 +131,7 @@ class _Download:
         self.file.truncate()
         self.hash = hashlib.sha256()
         self.offset = 0
+        self.pushed = 0
         self.pieced = False
         self.etag = None
 
@@ -149,10 +169,50 @@ class _Download:
         with self.client.stream("GET", self.url, headers=headers, follow_redirects=True) as response:
             self.check(response)
             self.etag = _strong(response.headers.get("ETag", self.etag or ""))
-            for chunk in response.iter_raw():
-                self.append(chunk)
+            self.receive(response)
         if self.offset < self.size:
             raise _TryAgain(f"the server stopped after {self.offset:,} of {self.size:,} bytes")
+
+    def receive(self, response: httpx.Response) -> None:
+        connection = self.connection(response)
+        chunks = response.iter_raw()  # kept until the end: without it httpx closes the connection
+        for chunk in chunks:
+            self.append(chunk)
+            if connection is not None:
+                break  # what httpx had read together with the headers; it holds no more
+        if connection is not None:
+            self.receive_from(connection)
+
+    def receive_from(self, connection: socket.socket) -> None:
+        """Receives and writes in this thread, while another one hashes what came before."""
+        buffers = [memoryview(bytearray(CHUNK)) for _ in range(2)]
+        with ThreadPoolExecutor(1) as hasher:
+            hashed: Future[None] | None = None
+            while self.offset < self.size:
+                buffers.reverse()
+                # No further than the body: what follows it would be the next answer.
+                chunk, ended = _receive(connection, buffers[0][: self.size - self.offset])
+                self.write(chunk)
+                if hashed is not None:
+                    hashed.result()
+                hashed = hasher.submit(self.hash.update, chunk)
+                self.tell(len(chunk))
+                if ended:
+                    raise _TryAgain(ended)
+
+    def connection(self, response: httpx.Response) -> socket.socket | None:
+        """The socket, where the rest of the body is all that comes through it, as it is."""
+        left = self.size - self.offset
+        if not self.direct or left < _LARGE or response.headers.get("Content-Length") != str(left):
+            return None
+        stream = response.extensions.get("network_stream")
+        if stream is None or not response.http_version.startswith("HTTP/1"):
+            return None
+        # TLS inside TLS (a proxy spoken to over TLS): what that socket gives is still encrypted.
+        if isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject):
+            return None
+        found = stream.get_extra_info("socket")
+        return found if isinstance(found, socket.socket) else None
 
     def check(self, response: httpx.Response) -> None:
         """Makes sure that the body goes on where the file ends."""
@@ -188,13 +248,24 @@ class _Download:
     def append(self, chunk: bytes) -> None:
         if self.offset + len(chunk) > self.size:
             raise self.refusal("size", self.size, f"more than {self.size}")
-        self.file.write(chunk)
+        self.write(chunk)
         self.count(chunk)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        self.file.write(chunk)
+        written = self.offset + len(chunk)
+        if written - self.pushed >= _PUSHED:
+            # What is not on the disk yet can't be dropped: the kernel begins to write it, and doesn't wait.
+            os.posix_fadvise(self.file.fileno(), self.pushed, written - self.pushed, os.POSIX_FADV_DONTNEED)
+            self.pushed = written
 
     def count(self, chunk: bytes) -> None:
         self.hash.update(chunk)
-        self.offset += len(chunk)
-        self.on_bytes(len(chunk))
+        self.tell(len(chunk))
+
+    def tell(self, more: int) -> None:
+        self.offset += more
+        self.on_bytes(more)
 
     def failure(self, reason: str) -> NetworkError:
         return NetworkError(
@@ -212,6 +283,22 @@ class _Download:
             "envbuilder lock RECIPE",
             context={"url": _shown(self.url), "expected": f"{what} {expected}", "got": f"{what} {got}"},
         )
+
+
+def _receive(connection: socket.socket, buffer: memoryview) -> tuple[memoryview, str | None]:
+    """Fills `buffer`, or what a moment brings of it; and why there will be no more, if so."""
+    count, until = 0, time.monotonic() + _MOMENT
+    while count < len(buffer):
+        try:
+            more = connection.recv_into(buffer[count:])
+        except OSError as error:
+            return buffer[:count], str(error) or type(error).__name__
+        if more == 0:
+            return buffer[:count], "the server closed the connection"
+        count += more
+        if time.monotonic() > until:
+            break
+    return buffer[:count], None
 
 
 def _strong(etag: str) -> str | None:

@@ -15,7 +15,8 @@ from packaging.pylock import Package, PackageWheel, Pylock
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from envbuilder.lock import LockedFile, lock_text
+from envbuilder.lock import LockedFile
+from envbuilder.lock_text import pylock_text
 from envbuilder.model import InstalledPackage
 
 ENV_LOCK = "pylock.toml"
@@ -41,7 +42,7 @@ def bundle_wheel(file: LockedFile, path: Path) -> WheelFile:
 
 def env_lock_text(wheels: Sequence[WheelFile], folder: Path) -> str:
     """The text of the env lock of `wheels`, for a file that lies in `folder`."""
-    return lock_text(
+    return pylock_text(
         Pylock(
             lock_version=Version("1.0"),
             created_by="envbuilder",

@@ -63,7 +63,7 @@ def install_env(
     """
     began = time.monotonic()
     interpreter = inspect_interpreter(python)
-    check_interpreter(interpreter, recipe.target, bundle.record)
+    check_interpreter(interpreter, bundle.lock.target, bundle.record)
     provided = find_provided(recipe, python)
     wheels, extensions = _choose_wheels(recipe, bundle, root, interpreter, provided)
     receipt = EnvReceipt(
@@ -90,7 +90,7 @@ def _choose_wheels(
     recipe: Recipe, bundle: Bundle, root: Root, interpreter: Interpreter, provided: ProvidedPackages | None
 ) -> tuple[list[WheelFile], tuple[Extension, ...]]:
     """The wheels of the env, sorted by name, and the extension modules in the built ones."""
-    files = bundle.lock.select(target_for(recipe.target, interpreter.minor), ("runtime",))
+    files = bundle.lock.select(target_for(bundle.lock.target, interpreter.minor), ("runtime",))
     locked_torch = next((file.version for file in files if file.package == "torch"), None)
     torch = provided.versions.get("torch", locked_torch) if provided else locked_torch
     wheels: list[WheelFile] = []

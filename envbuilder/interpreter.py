@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import packaging
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from envbuilder.errors import MismatchError
+from envbuilder.machine import TorchBuild
 from envbuilder.model import BundleRecord, ProvidedPackages
 from envbuilder.process import run
 from envbuilder.recipe import Recipe, TargetSpec
+from envbuilder.target import provided_fault
+
+_TIMEOUT_S = 120.0
+"""Of an interpreter that tells about itself; a busy shared disk takes its time, a hung one for ever."""
+_TORCH_TIMEOUT_S = 600.0
+"""The first import of torch on a node reads gigabytes from the shared disk."""
 
 _INSPECT = """
 import json, os, platform, sys, sysconfig
@@ -49,6 +58,27 @@ folders += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
 print(json.dumps({"versions": found, "folders": list(dict.fromkeys(folders))}))
 """
 
+# The folder that it is given holds this tool's own `packaging`: the interpreter may have none.
+_TAGS = """
+import json, sys
+sys.path.append(sys.argv[1])
+from packaging import markers, tags
+print(json.dumps({"tags": [str(tag) for tag in tags.sys_tags()], "markers": markers.default_environment()}))
+"""
+
+_TORCH = """
+import json
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    print("{}")
+else:
+    cxx11_abi = torch.compiled_with_cxx11_abi()
+    print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "cxx11_abi": cxx11_abi}))
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
@@ -75,6 +105,19 @@ class Interpreter:
         return ".".join(self.version.split(".")[:2])
 
 
+def find_interpreter(wanted: Path) -> Path:
+    """The absolute path of the interpreter `wanted`, a path or a name on the PATH; MismatchError if none."""
+    located = shutil.which(wanted)
+    if located is None:
+        raise MismatchError(
+            f"There is no interpreter {wanted} on this machine.",
+            remedy="Load the module or activate the environment that has it, or give --python PATH.",
+            context={"python": wanted},
+        )
+    # Absolute but not resolved: a venv's python is a link to one that has none of its packages.
+    return Path(located).absolute()
+
+
 def inspect_interpreter(python: Path) -> Interpreter:
     """What interpreter `python` is; MismatchError if it doesn't run."""
     python = python.absolute()
@@ -91,6 +134,46 @@ def inspect_interpreter(python: Path) -> Interpreter:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class InterpreterTags:
+    """What an interpreter takes, in the terms of PEP 425 and PEP 508."""
+
+    tags: tuple[str, ...]
+    """Best first."""
+    markers: dict[str, str]
+
+
+def inspect_tags(python: Path) -> InterpreterTags:
+    """The wheel tags that `python` takes and its marker environment; nothing where it is too old to tell."""
+    own_packaging = Path(packaging.__file__).parent.parent
+    try:
+        facts = _ask(python, ["-I", "-S", "-c", _TAGS, str(own_packaging)])
+    except MismatchError:
+        return InterpreterTags((), {})
+    return InterpreterTags(tuple(facts["tags"]), dict(facts["markers"]))
+
+
+def package_versions(python: Path, names: Sequence[str]) -> dict[str, str]:
+    """Normalised name → version of those packages of `names` that `python` has."""
+    return dict(_find(python, names)["versions"])
+
+
+def inspect_torch(python: Path, variables: Mapping[str, str] | None = None) -> TorchBuild | None:
+    """The torch that `python` imports, or None; MismatchError where the import fails.
+
+    `variables` are its environment; by default this process's own.
+    """
+    try:
+        facts = _ask(python, ["-s", "-c", _TORCH], variables=variables, timeout_s=_TORCH_TIMEOUT_S)
+    except MismatchError as error:
+        raise MismatchError(
+            f"torch can't be imported by {python}.",
+            remedy=f"Run {python} -c 'import torch' and mend what it says.",
+            context=error.context,
+        ) from error
+    return TorchBuild(**facts) if facts else None
+
+
 def check_interpreter(interpreter: Interpreter, target: TargetSpec, bundle: BundleRecord) -> None:
     """MismatchError unless `interpreter` can take the files that were chosen for `target` and `bundle`."""
     if interpreter.implementation != "cpython" or interpreter.minor != bundle.python:
@@ -101,19 +184,21 @@ def check_interpreter(interpreter: Interpreter, target: TargetSpec, bundle: Bund
             f"--python {interpreter.minor}; or give --python PATH of a CPython {bundle.python}.",
             context={"expected": bundle.python, "got": interpreter.version, "python": interpreter.path},
         )
+    remedy = (
+        "On this machine: envbuilder probe --output target.json; on the login node: "
+        f"envbuilder lock recipes/{bundle.recipe}.toml --target target.json"
+    )
     if interpreter.machine != target.machine:
         raise MismatchError(
-            f"The recipe {bundle.recipe} is for {target.machine}, and this machine is {interpreter.machine}.",
-            remedy=f'Write machine = "{interpreter.machine}" into [target] of the recipe, then '
-            f"envbuilder lock recipes/{bundle.recipe}.toml",
+            f"The lock {bundle.recipe} is for {target.machine}, and this machine is {interpreter.machine}.",
+            remedy=remedy,
             context={"expected": target.machine, "got": interpreter.machine},
         )
     if interpreter.glibc is None or Version(interpreter.glibc) < Version(target.glibc):
         raise MismatchError(
-            f"The recipe {bundle.recipe} needs glibc {target.glibc} or newer, "
+            f"The lock {bundle.recipe} needs glibc {target.glibc} or newer, "
             f"and this machine has {interpreter.glibc or 'another C library'}.",
-            remedy=f"Write an older glibc into [target] of the recipe, then "
-            f"envbuilder lock recipes/{bundle.recipe}.toml",
+            remedy=remedy,
             context={"expected": f">={target.glibc}", "got": interpreter.glibc},
         )
 
@@ -127,25 +212,15 @@ def find_provided(recipe: Recipe, python_override: Path | None = None) -> Provid
     """
     if recipe.provided is None:
         return None
-    wanted = python_override or Path(recipe.provided.python)
-    located = shutil.which(wanted)
-    if located is None:
-        raise MismatchError(
-            f"There is no interpreter {wanted} on this machine.",
-            remedy="Load the module or activate the environment that has it, or give --python PATH.",
-            context={"python": wanted},
-        )
-    # Absolute but not resolved: a venv's python is a link to one that has none of its packages.
-    python = Path(located).absolute()
+    python = find_interpreter(python_override or Path(recipe.provided.python))
     requirements = [Requirement(text) for text in recipe.provided.packages]
     names = [canonicalize_name(requirement.name) for requirement in requirements]
-    # Not isolated (-I), for a module may bring its packages by PYTHONPATH; but never from ~/.local.
-    answer = _ask(python, ["-s", "-c", _FIND, *names])
+    answer = _find(python, names)
     versions: dict[str, str] = answer["versions"]
     faults = [
         fault
         for name, requirement in zip(names, requirements, strict=True)
-        if (fault := _fault(requirement, versions.get(name)))
+        if (fault := provided_fault(requirement, versions.get(name)))
     ]
     if faults:
         raise MismatchError(
@@ -162,28 +237,30 @@ def find_provided(recipe: Recipe, python_override: Path | None = None) -> Provid
     )
 
 
-def _fault(requirement: Requirement, version: str | None) -> str | None:
-    if version is None:
-        return f"{requirement.name} is missing"
-    try:
-        forms = [Version(version), Version(Version(version).public)]
-    except InvalidVersion:
-        forms = []
-    admitted = any(requirement.specifier.contains(form, prereleases=True) for form in forms)
-    return None if admitted else f"{requirement.name} is {version}, not {requirement.specifier}"
+def _find(python: Path, names: Sequence[str]) -> dict[str, Any]:
+    # Not isolated (-I), for a module may bring its packages by PYTHONPATH; but never from ~/.local.
+    return _ask(python, ["-s", "-c", _FIND, *names])
 
 
-def _ask(python: Path, arguments: list[str]) -> dict[str, Any]:
-    # The root folder as working folder: "-c" puts it on the import path.
-    done = run([python, *arguments], cwd=Path("/"))
-    last = done.output.strip().rpartition("\n")[2]
+def _ask(
+    python: Path,
+    arguments: Sequence[str],
+    *,
+    variables: Mapping[str, str] | None = None,
+    timeout_s: float = _TIMEOUT_S,
+) -> dict[str, Any]:
+    output, status = "", "it was not started"
     try:
+        # The root folder as working folder: "-c" puts it on the import path.
+        done = run([python, *arguments], env=variables, cwd=Path("/"), timeout_s=timeout_s)
+        status = f"no answer in {timeout_s:.0f} s" if done.timed_out else str(done.returncode)
+        output = done.output.strip()
         if done.returncode == 0:
-            return dict(json.loads(last))
-    except ValueError:
-        pass
+            return dict(json.loads(output.rpartition("\n")[2]))
+    except (OSError, ValueError) as error:
+        output = output or str(error)
     raise MismatchError(
         f"{python} is not a Python interpreter that runs here.",
         remedy="Give --python PATH of a working interpreter.",
-        context={"python": python, "exit status": done.returncode, "output": last},
+        context={"python": python, "exit status": status, "output": output[-1000:]},
     )

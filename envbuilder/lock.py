@@ -1,4 +1,4 @@
-"""The source lock: every byte that a recipe needs, by name, size and sha256. Pure: parse, select, serialise.
+"""The source lock: every byte that a recipe needs, by name, size and sha256. Pure: parse and select.
 
 A PEP 751 file, `pylock.NAME.toml`. No URL and no host is ever in it, so it works behind any mirror: a package
 names its index, and `path` is where the file lies in a bundle. Three dependency groups:
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-from packaging.markers import Marker
 from packaging.pylock import (
     Package,
     PackageSdist,
@@ -30,17 +29,17 @@ from packaging.pylock import (
     PylockSelectError,
     PylockValidationError,
 )
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from envbuilder.errors import InputError, MismatchError
-from envbuilder.recipe import Recipe
-from envbuilder.target import Target, python_versions
+from envbuilder.recipe import Recipe, TargetSpec
+from envbuilder.target import Target
 
-SCHEMA = 1
+SCHEMA = 2
 FILES = "files"
 """The folder of a bundle in which the locked files lie."""
+MODELS = "models"
+"""The folder of a bundle in which each model has a folder."""
 Group = Literal["runtime", "build", "tool"]
 GROUPS: tuple[Group, ...] = ("runtime", "build", "tool")
 
@@ -55,23 +54,56 @@ class LockedFile:
     size: int
     """Bytes."""
     sha256: str
-    index: str
-    """The name of the index it comes from."""
+    index: str | None
+    """The name of the index it comes from; None for a source tree that is packed from git."""
     is_sdist: bool
 
 
 @dataclass(frozen=True, slots=True)
-class LockEntry:
-    """One version of one package, as `compose_lock` takes it."""
+class LockedTree:
+    """What a git source is packed from."""
+
+    commit: str
+    """40 hexadecimal digits."""
+    submodules: Mapping[str, str]
+    """Path in the tree → the submodule's commit, nested ones too."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockedPatch:
+    """One patch of a package."""
+
+    path: str
+    """Relative to the recipe's folder, and to a bundle's."""
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LockedModelFile:
+    """One file of a model."""
 
     name: str
-    version: str
-    needed: Mapping[Group, frozenset[str]]
-    """Group → the minor Python versions on which the group needs it."""
-    files: tuple[LockedFile, ...]
-    """One sdist, or the wheels."""
-    table: Mapping[str, Any]
-    """Its `tool.envbuilder` table."""
+    """Its path in the repository, and in the model's folder."""
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LockedModel:
+    """One commit of a model on the hub."""
+
+    name: str
+    """Its folder in a bundle: models/NAME."""
+    repo: str
+    """"owner/name"."""
+    commit: str
+    """40 hexadecimal digits."""
+    license: str | None
+    """As its model card says."""
+    remote_code: tuple[str, ...]
+    """Those of `files` that are Python code."""
+    files: tuple[LockedModelFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +129,35 @@ class SourceLock:
     def _table(self) -> dict[str, Any]:
         return dict((self.pylock.tool or {})["envbuilder"])
 
+    @property
+    def target(self) -> TargetSpec:
+        """The machines that this lock is for: the recipe's, or a probed one of them."""
+        return TargetSpec.model_validate(self._table["target"])
+
+    @property
+    def models(self) -> tuple[LockedModel, ...]:
+        return tuple(_model(table) for table in self._table.get("models", ()))
+
+    @property
+    def patches(self) -> tuple[LockedPatch, ...]:
+        """Those of all packages, each path once, by path."""
+        found = {
+            patch.path: patch for package in self.pylock.packages for patch in self.patches_of(package.name)
+        }
+        return tuple(found[path] for path in sorted(found))
+
+    def patches_of(self, name: str) -> tuple[LockedPatch, ...]:
+        """The patches of package `name`, in the order in which they are applied."""
+        return tuple(LockedPatch(**table) for table in self.package_table(name).get("patches", ()))
+
+    def tree_of(self, name: str) -> LockedTree | None:
+        """What package `name` is packed from, if that is git."""
+        table = self.package_table(name).get("git")
+        return LockedTree(table["commit"], dict(table["submodules"])) if table else None
+
     def package_table(self, name: str) -> dict[str, Any]:
-        """`[packages.tool.envbuilder]` of package `name`: `index`, and for sdists `metadata-source`,
-        `requires` and `build-requires`."""
+        """`[packages.tool.envbuilder]` of package `name`: `index` or `git`, `license`; for source packages
+        `metadata-source`, `requires`, `build-requires` and `patches` too."""
         for package in self.pylock.packages:
             if package.name == canonicalize_name(name):
                 return dict((package.tool or {}).get("envbuilder", {}))
@@ -133,7 +191,7 @@ class SourceLock:
             filename=source.filename,
             size=source.size or 0,
             sha256=source.hashes["sha256"],
-            index=self.package_table(package.name)["index"],
+            index=self.package_table(package.name).get("index"),
             is_sdist=isinstance(source, PackageSdist),
         )
 
@@ -143,19 +201,35 @@ def lock_filename(name: str) -> str:
     return f"pylock.{name}.toml"
 
 
-def recipe_digest(recipe: Recipe, trainer_requires: Sequence[str], tool_requires: Sequence[str]) -> str:
+def recipe_digest(
+    recipe: Recipe,
+    trainer_requires: Sequence[str],
+    tool_requires: Sequence[str],
+    patches: Mapping[str, str],
+) -> str:
     """sha256 of all that a lock depends on: when it changes, the recipe has moved on from its lock.
 
-    `trainer_requires` and `tool_requires` are the requirements of this version of the tool.
+    `trainer_requires` and `tool_requires` are the requirements of this version of the tool; `patches` are
+    the recipe's: path → sha256.
     """
     wanted = recipe.model_dump(
         mode="json",
-        include={"name", "requirements", "trainer", "target", "exclude", "index"},
+        include={"name", "requirements", "trainer", "target", "exclude", "index", "model"},
     )
     wanted["builds"] = {
-        name: build.model_dump(mode="json", include={"requires", "build_requires"})
+        name: build.model_dump(
+            mode="json",
+            include={
+                "requires": True,
+                "build_requires": True,
+                "version": True,
+                "patches": True,
+                "git": {"commit", "subdirectory"},
+            },
+        )
         for name, build in sorted(recipe.build.items())
     }
+    wanted["patches"] = dict(sorted(patches.items()))
     wanted["provided"] = sorted(recipe.provided.packages) if recipe.provided else None
     wanted["toolchain"] = sorted(recipe.cuda.toolchain_requirements) if recipe.cuda else None
     wanted["trainer-requires"] = sorted(trainer_requires) if recipe.trainer else None
@@ -212,90 +286,55 @@ def parse_lock(name: str, text: str) -> SourceLock:
     for package in pylock.packages:
         if package.vcs or package.directory or package.archive or package.version is None:
             raise refuse(f"{package.name} is neither wheels nor an sdist of one version")
-        if "index" not in (package.tool or {}).get("envbuilder", {}):
-            raise refuse(f"{package.name} doesn't name its index")
+        if not {"index", "git"} & (package.tool or {}).get("envbuilder", {}).keys():
+            raise refuse(f"{package.name} names neither its index nor its git commit")
         for file in _files(package):
-            if "sha256" not in file.hashes or file.size is None:
+            if not re.fullmatch(r"[0-9a-f]{64}", file.hashes.get("sha256", "")) or file.size is None:
                 raise refuse(f"{file.filename} has no sha256 or no size")
             if file.url is not None or file.path != f"{FILES}/{file.filename}":
                 raise refuse(f"{file.filename} must be named by its path in a bundle, and by no URL")
-    return SourceLock(name, pylock, text)
+    lock = SourceLock(name, pylock, text)
+    try:
+        _check_tables(lock)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refuse(f"its [tool.envbuilder] tables are damaged: {error}") from error
+    return lock
 
 
-def compose_lock(recipe: Recipe, *, digest: str, resolver: str, entries: Sequence[LockEntry]) -> str:
-    """The text of the lock of `recipe`; `digest` is its recipe_digest, `resolver` who chose the versions."""
-    pythons = python_versions(recipe.target)
-    machine = f"sys_platform == 'linux' and platform_machine == '{recipe.target.machine}'"
-    after_newest = f"3.{int(pythons[-1].split('.')[1]) + 1}"
-    return lock_text(
-        Pylock(
-            lock_version=Version("1.0"),
-            environments=[Marker(f"{machine} and implementation_name == 'cpython'")],
-            requires_python=SpecifierSet(f">={pythons[0]},<{after_newest}"),
-            dependency_groups=GROUPS,
-            default_groups=["runtime"],
-            created_by="envbuilder",
-            packages=[_package(entry, frozenset(pythons)) for entry in entries],
-            tool={
-                "envbuilder": {
-                    "schema": SCHEMA,
-                    "recipe-digest": digest,
-                    "resolver": resolver,
-                    "target": recipe.target.model_dump(mode="json"),
-                    "provided": sorted(recipe.provided.packages) if recipe.provided else [],
-                    "excluded": [exclusion.model_dump(mode="json") for exclusion in recipe.exclude],
-                }
-            },
-        )
+def _model(table: Mapping[str, Any]) -> LockedModel:
+    return LockedModel(
+        name=table["name"],
+        repo=table["repo"],
+        commit=table["commit"],
+        license=table.get("license"),
+        remote_code=tuple(table["remote-code"]),
+        files=tuple(LockedModelFile(**file) for file in table["files"]),
     )
 
 
-def _package(entry: LockEntry, pythons: frozenset[str]) -> Package:
-    def named(file: LockedFile) -> dict[str, Any]:
-        path = f"{FILES}/{file.filename}"
-        return {"name": file.filename, "path": path, "size": file.size, "hashes": {"sha256": file.sha256}}
-
-    wheels = [PackageWheel(**named(file)) for file in entry.files if not file.is_sdist]
-    sdists = [PackageSdist(**named(file)) for file in entry.files if file.is_sdist]
-    return Package(
-        name=canonicalize_name(entry.name),
-        version=Version(entry.version),
-        marker=_marker(entry.needed, pythons),
-        sdist=next(iter(sdists), None),
-        wheels=wheels or None,
-        tool={"envbuilder": entry.table},
-    )
-
-
-def _marker(needed: Mapping[Group, frozenset[str]], pythons: frozenset[str]) -> Marker:
-    """True in each group on the Pythons that need it; `pythons` are all that the lock serves."""
-    groups_on: dict[frozenset[str], list[Group]] = {}
-    for group in GROUPS:
-        if group in needed:
-            groups_on.setdefault(needed[group], []).append(group)
-    terms = []
-    for some, groups in groups_on.items():
-        condition = " or ".join(f"'{group}' in dependency_groups" for group in groups)
-        if some != pythons:
-            versions = " or ".join(f"python_version == '{v}'" for v in sorted(some, key=Version))
-            condition = f"({condition}) and ({versions})"
-        terms.append(condition)
-    return Marker(" or ".join(terms) if len(terms) == 1 else " or ".join(f"({term})" for term in terms))
+def _check_tables(lock: SourceLock) -> None:
+    """KeyError, TypeError or ValueError where something is missing, weak, or leads out of a bundle."""
+    TargetSpec.model_validate(lock.target)
+    for model in lock.models:
+        if not re.fullmatch(r"[0-9a-f]{40}", model.commit):
+            raise ValueError(f"model {model.name} has no full commit")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", model.name):
+            raise ValueError(f"{model.name!r} is no model's name")
+        for file in model.files:
+            _check_file(file.name, file.size, file.sha256)
+    for package in lock.pylock.packages:
+        if (tree := lock.tree_of(package.name)) and not re.fullmatch(r"[0-9a-f]{40}", tree.commit):
+            raise ValueError(f"{package.name} has no full commit")
+        for patch in lock.patches_of(package.name):
+            _check_file(patch.path, patch.size, patch.sha256)
 
 
-def lock_text(pylock: Pylock) -> str:
-    """The TOML text of a lock; the same lock gives the same text."""
-    pylock.validate()
-    return tomli_w.dumps(_plain(pylock.to_dict()))
-
-
-def _plain(value: Any) -> Any:
-    """`value` with the mapping and sequence types that tomli_w takes."""
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _check_file(path: str, size: int, sha256: str) -> None:
+    parts = path.split("/")
+    if "" in parts or "." in parts or ".." in parts or "\\" in path or "\0" in path:
+        raise ValueError(f"{path!r} is no path inside a bundle")
+    if not isinstance(size, int) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ValueError(f"{path} has no sha256 or no size")
 
 
 def _files(package: Package) -> list[PackageWheel | PackageSdist]:

@@ -1,44 +1,61 @@
 """The `lock` stage: recipe → the text of its source lock.
 
-1. `resolve.sources`: what each source package requires, read from its sdist without running it.
-2. `resolve.groups`: a version of each package, for the three groups on each Python of the target.
-3. `resolve.files`: each package's files, with hash and size.
-4. `lock.compose_lock`: the text.
+1. `target.narrow_target`: with a probed machine, for that one alone.
+2. `resolve.sources`: what each source package requires, from its sdist or git tree, not run.
+3. `resolve.groups`: a version of each package, for the three groups on each Python of the target.
+4. `resolve.files`: each package's files, with hash and size, and its license.
+5. `hub`: each model's commit and files.
+6. `lock_text.compose_lock`: the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
 
 from envbuilder.errors import InputError
+from envbuilder.hub import Hub
 from envbuilder.index import DEFAULT_INDEX, Index
-from envbuilder.lock import compose_lock, recipe_digest
+from envbuilder.lock import LockedModel, LockedPatch, SourceLock, recipe_digest
+from envbuilder.lock_text import compose_lock
+from envbuilder.machine import MachineRecord
+from envbuilder.patches import locked_patches
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 from envbuilder.requirements import tool_requires, trainer_requires
 from envbuilder.resolve import Resolver
 from envbuilder.resolve.files import choose_files
 from envbuilder.resolve.groups import resolve_groups
+from envbuilder.resolve.kept import kept_version, kept_versions
 from envbuilder.resolve.sources import read_source
-from envbuilder.target import python_versions
+from envbuilder.target import narrow_target, python_versions
 
 
 def make_lock(
     recipe: Recipe,
     *,
+    folder: Path,
     resolver: Resolver,
     indexes: Mapping[str, Index],
     client: httpx.Client,
+    hub: Hub | None,
     cache: Path,
     reporter: Reporter,
+    machine: MachineRecord | None = None,
+    kept: SourceLock | None = None,
+    upgrade: frozenset[str] = frozenset(),
 ) -> str:
     """The text of `recipe`'s source lock. `cache` is a folder that may be deleted at any time.
 
+    `folder` is the recipe's, which its patches are relative to; `hub` is there if the recipe has models;
+    `machine`, if given, is the one machine to lock for. What `kept` (the lock so far) holds stays where it
+    still fits, but for the packages and models named in `upgrade`.
+
     InputError where the recipe can't be resolved or an sdist says too little, NetworkError where an index
-    fails, IntegrityError where it sends other bytes than it announced.
+    fails, IntegrityError where it sends other bytes than it announced, MismatchError where the recipe doesn't
+    admit `machine`.
     """
     if not python_versions(recipe.target):
         raise InputError(
@@ -46,22 +63,56 @@ def make_lock(
             remedy=f'Write a range such as ">=3.11,<3.14" under [target] in recipes/{recipe.name}.toml.',
             context={"got": recipe.target.python},
         )
+    patches = locked_patches(recipe, folder)
+    digest = current_digest(recipe, patches)
+    if machine:
+        recipe = narrow_target(recipe, machine)
+    elif kept and kept.target != recipe.target:
+        reporter.note("The lock so far was for another target than the recipe's own [target], as it is now.")
+    versions = kept_versions(kept, recipe.target, upgrade - recipe.model.keys())
     sources = {
         name: read_source(
             recipe,
             name,
             index=indexes[recipe.index.get(name, DEFAULT_INDEX)],
             client=client,
+            cache=cache,
+            kept=kept_version(versions, name),
             reporter=reporter,
         )
         for name in sorted(recipe.build)
     }
     resolution = resolve_groups(
-        recipe, sources, resolver=resolver, indexes=indexes, cache=cache, reporter=reporter
+        recipe, sources, resolver=resolver, indexes=indexes, cache=cache, reporter=reporter, kept=versions
+    )
+    entries = choose_files(
+        recipe, resolution, sources, indexes=indexes, reporter=reporter, patches=_by_package(recipe, patches)
     )
     return compose_lock(
         recipe,
-        digest=recipe_digest(recipe, trainer_requires(), tool_requires()),
+        digest=digest,
         resolver=resolver.name,
-        entries=choose_files(recipe, resolution, sources, indexes=indexes, reporter=reporter),
+        entries=entries,
+        models=_lock_models(recipe, hub, kept, upgrade, reporter) if hub else (),
     )
+
+
+def current_digest(recipe: Recipe, patches: Sequence[LockedPatch]) -> str:
+    """`lock.recipe_digest` of `recipe` with these patches, for this version of the tool."""
+    hashes = {patch.path: patch.sha256 for patch in patches}
+    return recipe_digest(recipe, trainer_requires(), tool_requires(), hashes)
+
+
+def _lock_models(
+    recipe: Recipe, hub: Hub, kept: SourceLock | None, upgrade: frozenset[str], reporter: Reporter
+) -> list[LockedModel]:
+    before = {model.name: model for model in kept.models if model.name not in upgrade} if kept else {}
+    return [
+        hub.lock_model(name, spec, kept=before.get(name), reporter=reporter)
+        for name, spec in sorted(recipe.model.items())
+    ]
+
+
+def _by_package(recipe: Recipe, patches: Sequence[LockedPatch]) -> dict[str, tuple[LockedPatch, ...]]:
+    by_path = {patch.path: patch for patch in patches}
+    return {name: tuple(by_path[path] for path in build.patches) for name, build in recipe.build.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from envbuilder.errors import IntegrityError
 from envbuilder.lock import SourceLock
@@ -34,11 +34,15 @@ def read_record(path: Path, kind: type[AnyRecord], *, remedy: str) -> AnyRecord:
 class BundleRecord(_Record):
     """`bundle.json`: what `fetch` writes last, so a bundle without it is incomplete."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     recipe: str
     python: str
     """Minor version that the files were chosen for, e.g. "3.12"."""
     lock_sha256: str
+    recipe_sha256: str
+    """Of recipe.toml."""
+    start_sha256: str
+    """Of start.py."""
     tool_version: str
     tool_wheel: str
     """envbuilder's own wheel: file name in the bundle's `tool/` folder."""
@@ -92,6 +96,8 @@ class BuildReceipt(_Record):
     version: str
     sdist: str
     sdist_sha256: str
+    patches: dict[str, str] = Field(default_factory=dict)
+    """Path below the recipe's folder → sha256 of each patch, in the order in which they were applied."""
     key: str
     """The ABI key: the wheel's folder in the wheelhouse."""
     wheel: str

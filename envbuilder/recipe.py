@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, Field, model_validator
 
 from envbuilder.toml_input import EnvName, Table, load_table, pattern
@@ -35,10 +36,41 @@ def _specifiers(text: str) -> str:
     return text
 
 
+def _version(text: str) -> str:
+    try:
+        return str(Version(text))
+    except InvalidVersion as error:
+        raise ValueError(f"not a PEP 440 version: {error}") from error
+
+
 RequirementText = Annotated[str, AfterValidator(_requirement)]
 ComputeCapability = Annotated[str, pattern(r"\d{1,2}\.\d[af]?", 'a compute capability such as "9.0"')]
 # No dot: PEP 751 allows none in the NAME of pylock.NAME.toml.
 RecipeName = Annotated[str, pattern(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, - and _")]
+ModelName = Annotated[
+    str, pattern(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a model's name of letters, digits, ., - and _")
+]
+RepoName = Annotated[
+    str, pattern(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", 'a repository on the hub, "owner/name"')
+]
+# A branch or a tag can move; a commit can't.
+Commit = Annotated[str, pattern(r"[0-9a-f]{40}", "a full commit of 40 hexadecimal digits")]
+# Below the recipe's folder, so that a bundle can hold it at the same place.
+PatchPath = Annotated[
+    str,
+    pattern(
+        r"patches/(?!.*(?:^|/)\.\.?(?:/|$))[\w.+-]+(?:/[\w.+-]+)*", "a path below patches/ beside the recipe"
+    ),
+]
+TreePath = Annotated[
+    str, pattern(r"(?!.*(?:^|/)\.\.?(?:/|$))[\w.+-]+(?:/[\w.+-]+)*", "a path inside the source tree")
+]
+GitUrl = Annotated[
+    str,
+    pattern(
+        r"(?:https|http|ssh|file)://[^\s@]+|ssh://\w+@\S+|\w+@[\w.-]+:\S+", "a git URL without credentials"
+    ),
+]
 IndexName = Annotated[str, pattern(r"[a-z0-9][a-z0-9-]*", "an index's name of a-z, 0-9 and -")]
 
 
@@ -70,8 +102,24 @@ class CudaSpec(Table):
         return self
 
 
+class GitSource(Table):
+    """`[build.PACKAGE.git]`: the source tree of one commit, in place of an sdist from an index."""
+
+    url: GitUrl
+    """Where to clone from; never written into a lock. ENVBUILDER_GIT_<PACKAGE>_URL stands in for it."""
+    commit: Commit
+    subdirectory: TreePath | None = None
+    """Where the project lies in the tree, if not at its top."""
+
+
 class SourceBuild(Table):
     """`[build.PACKAGE]`: one package that is compiled from its sdist."""
+
+    git: GitSource | None = None
+    version: Annotated[str, AfterValidator(_version)] | None = None
+    """Of a git source whose files don't state it."""
+    patches: tuple[PatchPath, ...] = ()
+    """Patches in git's format, applied in this order with their first path component dropped (`-p1`)."""
 
     requires: tuple[RequirementText, ...] | None = None
     """What the built wheel needs at run time, where the sdist's own metadata can't be believed."""
@@ -81,6 +129,16 @@ class SourceBuild(Table):
     """Variables for the build, e.g. those that stop a setup.py from guessing a download's URL."""
     modules: tuple[str, ...] = ()
     """Extension modules that the wheel must hold, by their import names."""
+
+
+class ModelSpec(Table):
+    """`[model.NAME]`: a model's files from the hub, which a bundle holds in `models/NAME/`."""
+
+    repo: RepoName
+    revision: Commit | None = None
+    """The commit; without one, `lock` takes the newest and keeps it until `lock --upgrade`."""
+    remote_code: tuple[str, ...] | None = None
+    """The repository's Python files to bring; an empty list says that the model runs without them."""
 
 
 class Exclusion(Table):
@@ -111,6 +169,7 @@ class Recipe(Table):
     build: dict[str, SourceBuild] = Field(default_factory=dict)
     exclude: tuple[Exclusion, ...] = ()
     provided: Provided | None = None
+    model: dict[ModelName, ModelSpec] = Field(default_factory=dict)
     index: dict[str, IndexName] = Field(default_factory=dict)
     """`[index]`: package → the name of the index that it comes from (all others: `default`)."""
 
@@ -120,6 +179,11 @@ class Recipe(Table):
             for name in table:
                 if name != canonicalize_name(name):
                     raise ValueError(f"write the package's normalised name: {canonicalize_name(name)!r}")
+        for name, build in self.build.items():
+            if build.version is not None and build.git is None:
+                raise ValueError(
+                    f"build.{name}.version is for git sources: write {name}==… into requirements"
+                )
         if self.cuda is None and any(build.modules for build in self.build.values()):
             raise ValueError("[build] names extension modules, so a [cuda] table must say for which GPUs")
         return self

@@ -16,6 +16,10 @@ class Reporter(Protocol):
     def progress(self, label: str, done: int, total: int, unit: Unit) -> None:
         """`done` of `total` units under `label`; equal numbers end that label's display."""
 
+    def item(self, label: str, name: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of the file `name`, one of those under way under `label`; equal numbers, or
+        a `total` of 0 where it was given up, take it off the display."""
+
     def note(self, text: str) -> None:
         """Something the user may want to know."""
 
@@ -29,6 +33,8 @@ class Quiet:
     def stage(self, text: str) -> None: ...
 
     def progress(self, label: str, done: int, total: int, unit: Unit) -> None: ...
+
+    def item(self, label: str, name: str, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -1,39 +1,40 @@
-"""What an sdist says about itself, read without running any of its code and without unpacking it.
+"""What a source archive says about itself, read without running any of its code and without unpacking it.
 
 Order of belief for its requirements: those given by the caller (the recipe); PKG-INFO, if it has
-Requires-Dist or PEP 643 says that it would; `*.egg-info/requires.txt`. Never setup.py.
+Requires-Dist or PEP 643 says that it would; beside a PKG-INFO, `*.egg-info/requires.txt`; the static
+`[project]` table of pyproject.toml (PEP 621), which is all that a tree from git has. Never setup.py: only its
+text is looked at, for the requirements of the build.
 """
 
 from __future__ import annotations
 
 import re
 import tarfile
-import tomllib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.metadata import RawMetadata, parse_email
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from envbuilder.errors import InputError
+from envbuilder.project_files import StaticProject, license_name, read_pyproject, setup_requires
 
 _MEMBERS = 200_000
-"""Most members that an sdist may have."""
+"""Most members that an archive may have."""
 _UNPACKED = 4 << 30
 """Most bytes that its members may add up to."""
 _TEXT = 4 << 20
 """Most bytes of a metadata file."""
-# PEP 517: what builds a project without a pyproject.toml, or with one that names no requirements.
-_LEGACY_BUILD_REQUIRES = ("setuptools", "wheel")
+_FILES = re.compile(r"PKG-INFO|pyproject\.toml|setup\.py|(?:src/)?[^/]+\.egg-info/requires\.txt")
 
 
 @dataclass(frozen=True, slots=True)
 class SdistMetadata:
-    """The static metadata of one sdist."""
+    """The static metadata of one source archive."""
 
     name: str
     """Normalised."""
@@ -41,51 +42,133 @@ class SdistMetadata:
     requires: tuple[str, ...]
     """PEP 508 requirements at run time; those of extras carry the extra in their marker."""
     build_requires: tuple[str, ...]
-    """`build-system.requires` of pyproject.toml."""
+    """`build-system.requires` of pyproject.toml, and the setup_requires that a setup.py writes out."""
+    license: str | None
+    """SPDX expression, else the name that it is given, else the licence classifiers' last parts."""
     source: str
-    """Where `requires` is from: "recipe", "PKG-INFO", or the path of the egg-info's requires.txt."""
+    """Where `requires` is from: "recipe", "PKG-INFO", "pyproject.toml", or the path of a requires.txt."""
     note: str | None
-    """Why `requires` may not be the whole truth."""
+    """Why `requires` or `build_requires` may not be the whole truth."""
 
 
-def read_metadata(path: Path, *, requires: Sequence[str] | None = None) -> SdistMetadata:
-    """Metadata of the sdist (.tar.gz) at `path`; `requires` overrides what it says it needs.
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """Requirements, and where they are from."""
 
-    InputError where the archive is not a sound sdist, or nothing in it says what it needs.
+    requires: tuple[str, ...]
+    source: str
+    note: str | None = None
+
+
+def read_metadata(
+    path: Path,
+    *,
+    requires: Sequence[str] | None = None,
+    name: str | None = None,
+    version: str | None = None,
+) -> SdistMetadata:
+    """Metadata of the source archive (.tar.gz) at `path`; `requires` overrides what it says it needs.
+
+    `name` and `version` are for a tree from git, which may state neither.
+
+    InputError where the archive is not sound, contradicts `version`, or leaves open what it is or needs.
     """
-    texts = _read_texts(path)
-    if "PKG-INFO" not in texts:
-        raise _unsound(path, "it has no PKG-INFO")
-    metadata, _ = parse_email(texts["PKG-INFO"])
+    files = _read_files(path)
+    metadata = _pkg_info(path, files)
+    try:
+        project, build_requires = read_pyproject(_text(path, files, "pyproject.toml"))
+    except ValueError as error:
+        raise _unsound(path, f"its pyproject.toml is wrong: {error}") from error
+    stated_name = metadata["name"] if metadata else project.name if project else name
+    if stated_name is None:
+        raise _unsound(path, "it has no PKG-INFO, and its pyproject.toml no [project] table")
+    found_name = canonicalize_name(stated_name)
+    stated_version = metadata["version"] if metadata else project.version if project else None
+    found_version = _version(path, found_name, stated_version, version)
+    if requires is not None:
+        stated: _Stated | None = _Stated(tuple(requires), "recipe")
+    else:
+        stated = _requires(path, files, metadata, project)
+    if stated is None:
+        raise InputError(
+            f"Nothing in {path.name} says what {found_name} requires, and its setup.py is never run.",
+            remedy=f'Add to the recipe under [build.{found_name}]: requires = ["…"], '
+            "or requires = [] if nothing.",
+            context={"file": path, "read": ", ".join(sorted(files)) or "nothing"},
+        )
+    from_setup = setup_requires(files["setup.py"]) if "setup.py" in files else ()
+    unclear = "the setup_requires of its setup.py can't be read" if from_setup is None else None
+    build_requires = tuple(dict.fromkeys([*build_requires, *(from_setup or ())]))
+    for text in (*stated.requires, *build_requires):
+        _check(path, found_name, text)
+    return SdistMetadata(
+        name=found_name,
+        version=found_version,
+        requires=stated.requires,
+        build_requires=build_requires,
+        license=_license(metadata, project),
+        source=stated.source,
+        note="; ".join(filter(None, [stated.note, unclear])) or None,
+    )
+
+
+def _pkg_info(path: Path, files: Mapping[str, bytes]) -> RawMetadata | None:
+    if "PKG-INFO" not in files:
+        return None
+    metadata, _ = parse_email(_text(path, files, "PKG-INFO"))
     if "name" not in metadata or "version" not in metadata:
         raise _unsound(path, "its PKG-INFO has no name or no version")
-    name = canonicalize_name(metadata["name"])
-    found = _requires(metadata, texts) if requires is None else (tuple(requires), "recipe", None)
-    if found is None:
+    return metadata
+
+
+def _version(path: Path, name: str, stated: str | None, given: str | None) -> str:
+    try:
+        found = str(Version(stated)) if stated is not None else None
+    except InvalidVersion as error:
+        raise _unsound(path, error) from error
+    if found is None and given is None:
         raise InputError(
-            f"Nothing in {path.name} says what {name} requires, and its setup.py is never run.",
-            remedy=f'Add to the recipe under [build.{name}]: requires = ["…"], or requires = [] if nothing.',
-            context={"file": path, "read": ", ".join(sorted(texts))},
+            f"Nothing in the source of {name} states its version.",
+            remedy=f'Add to the recipe under [build.{name}]: version = "…"',
+            context={"file": path},
         )
-    build_requires = _build_requires(path, texts.get("pyproject.toml"))
-    for text in (*found[0], *build_requires):
-        _check(path, name, text)
-    return SdistMetadata(name, metadata["version"], found[0], build_requires, found[1], found[2])
+    if found is not None and given is not None and Version(found) != Version(given):
+        raise InputError(
+            f"The source of {name} calls itself version {found}, not {given}.",
+            remedy=f"Delete version under [build.{name}] of the recipe.",
+            context={"file": path, "expected": given, "got": found},
+        )
+    return found or str(given)
 
 
-def _requires(metadata: RawMetadata, texts: dict[str, str]) -> tuple[tuple[str, ...], str, str | None] | None:
+def _requires(
+    path: Path, files: Mapping[str, bytes], metadata: RawMetadata | None, project: StaticProject | None
+) -> _Stated | None:
+    if metadata is not None and (stated := _from_pkg_info(path, files, metadata)):
+        return stated
+    if project is None or project.requires is None:
+        return None
+    note = "the requirements of its extras are dynamic and not known" if project.dynamic_extras else None
+    return _Stated(project.requires, "pyproject.toml", note)
+
+
+def _from_pkg_info(path: Path, files: Mapping[str, bytes], metadata: RawMetadata) -> _Stated | None:
     dynamic = "requires-dist" in {field.lower() for field in metadata.get("dynamic", [])}
     stated = tuple(metadata.get("requires_dist", []))
     if stated:
         note = "PKG-INFO says that its Requires-Dist may change when it is built" if dynamic else None
-        return stated, "PKG-INFO", note
+        return _Stated(stated, "PKG-INFO", note)
+    try:
+        metadata_version = Version(metadata.get("metadata_version", "1.0"))
+    except InvalidVersion as error:
+        raise _unsound(path, error) from error
     # PEP 643: from metadata 2.2 on, a field that is neither there nor dynamic is empty for certain.
-    if not dynamic and Version(metadata.get("metadata_version", "1.0")) >= Version("2.2"):
-        return (), "PKG-INFO", None
-    for path in sorted(texts):
-        if path.endswith("requires.txt"):
-            note = f"PKG-INFO has no Requires-Dist; taken from {path}, which its author's machine wrote"
-            return tuple(_egg_requirements(texts[path])), path, note
+    if not dynamic and metadata_version >= Version("2.2"):
+        return _Stated((), "PKG-INFO")
+    for inner in sorted(files):
+        if inner.endswith("requires.txt"):
+            note = f"PKG-INFO has no Requires-Dist; taken from {inner}, which its author's machine wrote"
+            return _Stated(tuple(_egg_requirements(_text(path, files, inner))), inner, note)
     return None
 
 
@@ -103,15 +186,12 @@ def _egg_requirements(text: str) -> list[str]:
     return requirements
 
 
-def _build_requires(path: Path, text: str | None) -> tuple[str, ...]:
-    try:
-        build_system = tomllib.loads(text or "").get("build-system", {})
-    except tomllib.TOMLDecodeError as error:
-        raise _unsound(path, f"its pyproject.toml is not TOML: {error}") from error
-    requires = build_system.get("requires", _LEGACY_BUILD_REQUIRES)
-    if not isinstance(requires, list | tuple) or not all(isinstance(item, str) for item in requires):
-        raise _unsound(path, "build-system.requires in its pyproject.toml is not a list of texts")
-    return tuple(requires)
+def _license(metadata: RawMetadata | None, project: StaticProject | None) -> str | None:
+    if metadata is None:
+        return project.license if project else None
+    return license_name(
+        metadata.get("license_expression"), metadata.get("license"), metadata.get("classifiers", [])
+    )
 
 
 def _check(path: Path, name: str, text: str) -> None:
@@ -127,9 +207,9 @@ def _check(path: Path, name: str, text: str) -> None:
         )
 
 
-def _read_texts(path: Path) -> dict[str, str]:
+def _read_files(path: Path) -> dict[str, bytes]:
     """The metadata files of the archive by their path below its top folder."""
-    texts: dict[str, str] = {}
+    files: dict[str, bytes] = {}
     unpacked = 0
     try:
         with tarfile.open(path, mode="r|gz") as archive:
@@ -138,18 +218,23 @@ def _read_texts(path: Path) -> dict[str, str]:
                 if count >= _MEMBERS or unpacked > _UNPACKED:
                     raise _unsound(path, "it is far too large")
                 inner = member.name.removeprefix("./").partition("/")[2]
-                if not re.fullmatch(
-                    r"PKG-INFO|pyproject\.toml|(?:src/)?[^/]+\.egg-info/requires\.txt", inner
-                ):
+                if not _FILES.fullmatch(inner):
                     continue
-                if inner in texts or not member.isfile() or member.size > _TEXT:
+                if inner in files or not member.isfile() or member.size > _TEXT:
                     raise _unsound(path, f"{member.name} in it is doubled, no plain file, or too large")
                 reader = archive.extractfile(member)
                 assert reader is not None  # a plain file has one
-                texts[inner] = reader.read().decode("utf-8")
-    except (tarfile.TarError, zlib.error, EOFError, OSError, UnicodeDecodeError) as error:
+                files[inner] = reader.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise _unsound(path, error) from error
-    return texts
+    return files
+
+
+def _text(path: Path, files: Mapping[str, bytes], inner: str) -> str:
+    try:
+        return files.get(inner, b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unsound(path, f"{inner} in it is not UTF-8: {error}") from error
 
 
 def _unsound(path: Path, why: object) -> InputError:

@@ -5,8 +5,8 @@ Between the cli and the stages: it knows which noun feeds which stage, and neith
 
 from __future__ import annotations
 
-import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +14,22 @@ from envbuilder.atomic import write_atomically
 from envbuilder.bundle import open_bundle
 from envbuilder.compile import CompileReport, compile_recipe
 from envbuilder.doctor import run_checks
-from envbuilder.errors import MismatchError
-from envbuilder.fetch import FetchReport, fetch_bundle
+from envbuilder.errors import InputError, MismatchError
+from envbuilder.fetch import FetchReport, Origins, fetch_bundle
+from envbuilder.hub import open_hub
 from envbuilder.index import open_client, open_indexes
 from envbuilder.install import InstallReport, install_env
-from envbuilder.interpreter import inspect_interpreter
-from envbuilder.lock import SourceLock, check_current, lock_filename, read_lock, recipe_digest
-from envbuilder.locking import make_lock
+from envbuilder.interpreter import find_interpreter, inspect_interpreter
+from envbuilder.lock import SourceLock, check_current, lock_filename, read_lock
+from envbuilder.locking import current_digest, make_lock
+from envbuilder.machine import read_machine
 from envbuilder.model import Bundle, Finding
+from envbuilder.patches import locked_patches
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, load_recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import tool_requires, trainer_requires
 from envbuilder.resolve import resolver_named
+from envbuilder.target import python_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,31 @@ class Session:
         folder = lockfiles or recipe_path.absolute().parent.parent / "lockfiles"
         return cls(root, reporter, recipe, recipe_path.absolute(), folder / lock_filename(recipe.name))
 
-    def make_lock(self, resolver: str = "uv") -> SourceLock:
-        """Resolves the recipe and writes its lock."""
-        with open_client() as client:
+    def make_lock(
+        self,
+        resolver: str = "uv",
+        *,
+        upgrade: frozenset[str] = frozenset(),
+        upgrade_all: bool = False,
+        target: Path | None = None,
+    ) -> SourceLock:
+        """Resolves the recipe and writes its lock.
+
+        Versions and commits of the lock that is there stay where they still fit, but for the packages and
+        models named in `upgrade`, or with `upgrade_all`. `target` is the target.json of a probed machine.
+        """
+        with ExitStack() as stack:
+            client = stack.enter_context(open_client())
             text = make_lock(
                 self.recipe,
+                folder=self.recipe_path.parent,
+                machine=read_machine(target) if target else None,
+                kept=None if upgrade_all else self.older_lock(),
+                upgrade=upgrade,
                 resolver=resolver_named(resolver),
                 indexes=open_indexes(self._index_names, client),
                 client=client,
+                hub=stack.enter_context(open_hub()) if self.recipe.model else None,
                 cache=self.root.cache,
                 reporter=self.reporter,
             )
@@ -70,16 +90,24 @@ class Session:
         return lock
 
     def fetch(self, python: str | None = None, *, verify: bool = False) -> FetchReport:
-        """The bundle for minor version `python` (default: the running one); without a lock, locks first."""
+        """The bundle for minor version `python`; without a lock, locks first.
+
+        Without `python`, the running one, if the lock serves it, or the only one that it serves.
+        """
         lock = self.current_lock() if self.lock_path.exists() else self.make_lock()
-        with open_client() as client:
+        with ExitStack() as stack:
+            client = stack.enter_context(open_client())
             return fetch_bundle(
                 self.recipe,
                 lock,
                 root=self.root,
-                python=python or f"{sys.version_info.major}.{sys.version_info.minor}",
-                indexes=open_indexes(self._index_names, client),
-                client=client,
+                python=python or _default_python(lock),
+                origins=Origins(
+                    indexes=open_indexes(self._index_names, client),
+                    client=client,
+                    hub=stack.enter_context(open_hub()) if lock.models else None,
+                    recipe_folder=self.recipe_path.parent,
+                ),
                 reporter=self.reporter,
                 verify=verify,
             )
@@ -99,16 +127,7 @@ class Session:
     def interpreter(self, given: Path | None = None) -> Path:
         """The interpreter to build for: as given, else the provider's, else the one that runs envbuilder."""
         provider = self.recipe.provided.python if self.recipe.provided else sys.executable
-        wanted = str(given or provider)
-        found = shutil.which(wanted)
-        if found is None:
-            raise MismatchError(
-                f"There is no interpreter {wanted} on this machine.",
-                remedy="Load the module or activate the environment that has it, or give --python PATH.",
-                context={"python": wanted},
-            )
-        # Absolute but not resolved: a venv's python is a link whose target has none of the venv's packages.
-        return Path(found).absolute()
+        return find_interpreter(given or Path(provider))
 
     def python_minor(self, given: Path | None = None) -> str:
         """Minor version of the interpreter to build for."""
@@ -152,7 +171,18 @@ class Session:
         return {"default", *self.recipe.index.values()}
 
     def _check_current(self, lock: SourceLock) -> None:
-        check_current(lock, recipe_digest(self.recipe, trainer_requires(), tool_requires()))
+        patches = locked_patches(self.recipe, self.recipe_path.parent)
+        check_current(lock, current_digest(self.recipe, patches))
+
+    def older_lock(self) -> SourceLock | None:
+        """The lock that is there; None where it can't be read, as one of an older envbuilder."""
+        if not self.lock_path.exists():
+            return None
+        try:
+            return read_lock(self.lock_path)
+        except InputError as error:
+            self.reporter.warn(f"{error.message} All versions are chosen afresh.")
+            return None
 
     def _bundle_for(self, interpreter: Path) -> Bundle:
         bundle = self.bundle()
@@ -164,3 +194,9 @@ class Session:
                 context={"bundle": bundle.path, "interpreter": interpreter},
             )
         return bundle
+
+
+def _default_python(lock: SourceLock) -> str:
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    served = python_versions(lock.target)
+    return served[0] if len(served) == 1 else running

@@ -3,6 +3,9 @@
 Files on the way lie in `partial/` under names of their own, so two fetches never write the same one, and
 none needs a lock (file locks silently do nothing on Lustre, GPFS and some NFS). A fetch that finds what
 another left behind copies it and goes on from there.
+
+A group may share the store: another user's partial files can't be read, perhaps not removed either; then they
+stay, and are no obstacle.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from envbuilder.atomic import fsync_folder, make_folder, writing
 from envbuilder.errors import IntegrityError, MismatchError, NetworkError
 
 STORED_MODE = 0o440
+_COPIED = 1 << 20
+"""Bytes of a partial file that are copied at once."""
 _ABANDONED = 900.0
 """Seconds without a write after which a partial file's fetch has surely ended: its pauses and timeouts are
 shorter. Were it wrong, a fetch would lose its partial file and say so; never would a wrong file be stored."""
@@ -72,10 +77,9 @@ class Store:
 
     def tidy(self) -> None:
         """Removes partial files of what is stored: a fetch that was killed may not have come to that."""
-        if self._partials.is_dir():
-            for path in self._partials.iterdir():
-                if self.path(path.name.partition(".")[0]).exists():
-                    path.unlink(missing_ok=True)
+        for path in self._partials.glob("*.part"):
+            if self.path(path.name.partition(".")[0]).exists():
+                _discard(path)
 
     def check_folder(self) -> None:
         """Makes the folders; MismatchError if anybody on the machine may write there."""
@@ -112,14 +116,17 @@ class Store:
         A copy, because the other fetch may live on; and no harm if it writes meanwhile: `fill` hashes.
         """
         now = part.stat().st_mtime  # by the file server's clock, as are the others' times
-        others = list(self._others(sha256, part))
-        _, best = max(((found.st_size, path) for path, found in others), default=(0, None))
-        with writing(part, size), suppress(FileNotFoundError):  # the other fetch may be done meanwhile
-            if best is not None:
-                shutil.copyfile(best, part)
+        others = sorted(self._others(sha256, part), key=lambda other: -other[1].st_size)
+        with writing(part, size):
+            for path, _ in others:
+                # Done or abandoned meanwhile, or another user's: then the next best will do.
+                with suppress(FileNotFoundError, PermissionError), path.open("rb") as source:
+                    with part.open("wb") as copy:
+                        shutil.copyfileobj(source, copy, _COPIED)
+                    break
         for path, found in others:
             if now - found.st_mtime > _ABANDONED:
-                path.unlink(missing_ok=True)
+                _discard(path)
 
     def _others(self, sha256: str, own: Path) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._partials.glob(f"{sha256}.*.part"):
@@ -130,4 +137,10 @@ class Store:
 
     def _remove_partials(self, sha256: str) -> None:
         for path in self._partials.glob(f"{sha256}.*"):
-            path.unlink(missing_ok=True)
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Removes what nobody needs, if it is there and this user may."""
+    with suppress(OSError):
+        path.unlink()

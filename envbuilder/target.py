@@ -1,20 +1,27 @@
 """The machine that a lock's files are chosen for: Python version, markers and wheel tags. Pure.
 
 Files are chosen for the recipe's `[target]`, never for the machine that runs `lock` or `fetch`, so a login
-node with another Python or a newer glibc brings what the compute node can take.
+node with another Python or a newer glibc brings what the compute node can take. `narrow_target` makes that
+target one probed machine.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from packaging.markers import Environment
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from pydantic import ValidationError
 
 from envbuilder.errors import MismatchError
-from envbuilder.recipe import TargetSpec
+from envbuilder.machine import MachineRecord
+from envbuilder.recipe import Recipe, TargetSpec
 
 _KNOWN_PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
 _PATCHES = 50
@@ -66,6 +73,89 @@ def target_for(spec: TargetSpec, python: str) -> Target:
         "sys_platform": "linux",
     }
     return Target(python, environment, tuple(_tags(python, spec)))
+
+
+def narrow_target(recipe: Recipe, machine: MachineRecord) -> Recipe:
+    """`recipe` for `machine` alone: its Python minor version, processor and glibc, its provided versions.
+
+    MismatchError where no recipe could serve the machine, where this one doesn't admit its Python, or where a
+    provided package is missing there or of a version that the recipe doesn't admit.
+    """
+    python = _admitted_python(recipe, machine)
+    try:
+        spec = TargetSpec.model_validate(
+            {"python": f"=={python}.*", "machine": machine.machine, "glibc": machine.glibc}
+        )
+    except ValidationError as error:
+        raise MismatchError(
+            f"The probed machine has {machine.machine} processors and "
+            f"{f'glibc {machine.glibc}' if machine.glibc else 'a C library other than glibc'}: "
+            "there are no wheels for it.",
+            remedy="Run envbuilder probe on a machine with x86_64 or aarch64 processors and glibc 2.",
+            context={"machine": machine.machine, "glibc": machine.glibc},
+        ) from error
+    best = str(target_for(spec, python).tags[0])
+    if best not in machine.interpreter.tags:
+        raise MismatchError(
+            f"The probed machine's Python takes no wheels tagged {best}: it may be a free-threaded build.",
+            remedy="On the compute node: envbuilder probe --python PATH of an ordinary CPython",
+            context={"expected": best, "got": ", ".join(machine.interpreter.tags[:1])},
+        )
+    return recipe.model_copy(update={"target": spec} | _pinned(recipe, machine))
+
+
+def _admitted_python(recipe: Recipe, machine: MachineRecord) -> str:
+    """The machine's minor Python version; MismatchError where it is not one that `recipe` admits."""
+    found = machine.interpreter
+    release = re.match(r"(\d+\.\d+)\.\d+", found.version)
+    assert release is not None, "MachineRecord has checked it"
+    admitted = SpecifierSet(recipe.target.python).contains(release[0])
+    if found.implementation == "cpython" and admitted and release[1] in python_versions(recipe.target):
+        return release[1]
+    raise MismatchError(
+        f"The recipe {recipe.name} is for CPython {recipe.target.python}, "
+        f"and the probed machine has {found.implementation} {found.version}.",
+        remedy="On the compute node: envbuilder probe --python PATH of a Python that the recipe admits; "
+        f"or widen python under [target] in recipes/{recipe.name}.toml.",
+        context={"expected": recipe.target.python, "got": f"{found.implementation} {found.version}"},
+    )
+
+
+def _pinned(recipe: Recipe, machine: MachineRecord) -> dict[str, object]:
+    """The update that pins [provided] to the public versions that the machine has."""
+    if recipe.provided is None:
+        return {}
+    pins, faults = [], []
+    for requirement in map(Requirement, recipe.provided.packages):
+        version = machine.provided.get(canonicalize_name(requirement.name))
+        if fault := provided_fault(requirement, version):
+            faults.append(fault)
+        elif version is not None:
+            pins.append(f"{requirement.name}=={Version(version).public}")
+    if faults:
+        raise MismatchError(
+            f"The probed machine doesn't provide what the recipe {recipe.name} takes from it: "
+            f"{'; '.join(faults)}.",
+            remedy="On the compute node, with the module loaded that has them: "
+            f"envbuilder probe --recipe recipes/{recipe.name}.toml",
+            context={"expected": ", ".join(recipe.provided.packages)},
+        )
+    return {"provided": recipe.provided.model_copy(update={"packages": tuple(pins)})}
+
+
+def provided_fault(requirement: Requirement, version: str | None) -> str | None:
+    """Why `version` of a provided package (None: it is missing) is not what `requirement` asks, in words.
+
+    A local version ("+cu130") is compared only where `requirement` names one.
+    """
+    if version is None:
+        return f"{requirement.name} is missing"
+    try:
+        forms = [Version(version), Version(Version(version).public)]
+    except InvalidVersion:
+        forms = []
+    admitted = any(requirement.specifier.contains(form, prereleases=True) for form in forms)
+    return None if admitted else f"{requirement.name} is {version}, not {requirement.specifier}"
 
 
 def _tags(python: str, spec: TargetSpec) -> Iterator[Tag]:

@@ -13,6 +13,8 @@ from envbuilder.errors import InputError, MismatchError
 from envbuilder.gpu import architecture
 from envbuilder.process import run
 
+_TIMEOUT_S = 60.0
+"""Of a compiler that only tells what it is: one that lies on a hung network disk never answers."""
 _CXX_NAMES = ("g++", "c++", "clang++")
 _C_OF = {"g++": "gcc", "c++": "cc", "clang++": "clang"}
 
@@ -58,13 +60,31 @@ def find_host_compiler(host: Mapping[str, str]) -> HostCompiler:
     cxx = Path(found).absolute()
     named = host.get("CC") or str(cxx.with_name(_replaced(cxx.name)))
     cc = shutil.which(named, path=host.get("PATH"))
-    first_line = run([cxx, "--version"]).output.partition("\n")[0]
-    return HostCompiler(cxx, Path(cc).absolute() if cc else None, first_line.strip())
+    first_line = _asked(cxx, "--version").partition("\n")[0].strip()
+    if not first_line:
+        raise MismatchError(
+            f"{cxx} does not answer as a C++ compiler.",
+            remedy=f"Run {cxx} --version and mend what it says; on a cluster: module load gcc",
+            context={"compiler": cxx},
+        )
+    return HostCompiler(cxx, Path(cc).absolute() if cc else None, first_line)
 
 
 def _replaced(name: str) -> str:
     """The C compiler's name for a C++ compiler's: "aarch64-linux-gnu-g++-12" gives "…-gcc-12"."""
     return re.sub(r"clang\+\+|g\+\+|c\+\+", lambda found: _C_OF[found[0]], name)
+
+
+def compiler_release(program: Path) -> str | None:
+    """Release of a C or C++ compiler, e.g. "12.2.0"; None where it doesn't say."""
+    first_line = _asked(program, "--version").partition("\n")[0]
+    # GCC names its packager's own version in parentheses, before its release.
+    release = re.search(r"\d+\.\d+(\.\d+)?", re.sub(r"\([^)]*\)", "", first_line))
+    return release[0] if release else None
+
+
+def _asked(program: Path, *arguments: str) -> str:
+    return run([program, *arguments], timeout_s=_TIMEOUT_S).output
 
 
 def system_toolkit(host: Mapping[str, str]) -> CudaToolkit:
@@ -97,14 +117,14 @@ def packaged_toolkit(site_packages: Path) -> CudaToolkit:
 
 def _toolkit(nvcc: Path) -> CudaToolkit:
     # Where the toolkit really is, only nvcc knows: what is on the PATH may be a wrapper script.
-    here = re.search(r"^#\$ _HERE_=(.+)$", run([nvcc, "--dryrun", "-c", "x.cu"]).output, re.MULTILINE)
-    version = re.search(r"\bV(\d+\.\d+\.\d+)", run([nvcc, "--version"]).output)
-    codes = re.findall(r"^sm_(\w+)$", run([nvcc, "--list-gpu-code"]).output, re.MULTILINE)
+    here = re.search(r"^#\$ _HERE_=(.+)$", _asked(nvcc, "--dryrun", "-c", "x.cu"), re.MULTILINE)
+    version = re.search(r"\bV(\d+\.\d+\.\d+)", _asked(nvcc, "--version"))
+    codes = re.findall(r"^sm_(\w+)$", _asked(nvcc, "--list-gpu-code"), re.MULTILINE)
     if not (here and version and codes):
         raise MismatchError(
             f"{nvcc} does not run as an nvcc.",
             remedy=f"Run {nvcc} --version and mend what it says; on a cluster: module load cuda",
-            context={"nvcc": nvcc, "output": run([nvcc, "--version"]).output[-500:]},
+            context={"nvcc": nvcc, "output": _asked(nvcc, "--version")[-500:]},
         )
     real = Path(here[1]).resolve() / "nvcc"
     return CudaToolkit(real.parent.parent, real, version[1], tuple(sorted(codes, key=int)))

@@ -7,11 +7,15 @@ $ENVBUILDER_TEST_ROOT). Without it they are left out, and a line says so; where 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.lab.index_server import IndexServer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -70,3 +74,15 @@ def quickstart() -> Quickstart:
     if not _quickstart_is_there():
         pytest.fail(f"there is no quickstart env under {root}: run make env")
     return Quickstart(root, root / "envs/quickstart/bin/python", root / "bundles/quickstart/files")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[IndexServer]:
+    """An index on loopback that serves what a test puts into its folder."""
+    # Here: the trainer's tests run inside the env, which has nothing of what this imports.
+    from tests.lab.index_server import IndexServer
+
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with IndexServer(folder) as server:
+        yield server

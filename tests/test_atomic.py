@@ -3,9 +3,9 @@ from __future__ import annotations
 import os
 import resource
 import stat
-import time
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +38,27 @@ def test_modes_do_not_depend_on_the_umask(tmp_path: Path) -> None:
     write_atomically(tmp_path / "deep" / "er" / "file", "x")
     assert mode(tmp_path / "deep" / "er" / "file") == 0o640
     assert mode(tmp_path / "deep") & 0o777 == FOLDER_MODE & 0o777
+
+
+@pytest.mark.usefixtures("umask")
+def test_what_a_group_may_do_in_a_folder_it_may_in_the_folders_below(tmp_path: Path) -> None:
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    shared.mkdir()
+    shared.chmod(0o2770)
+    private.mkdir()
+    private.chmod(0o2750)
+    for folder in (shared, private):
+        make_folder(folder / "a" / "b")
+    assert [mode(shared / "a"), mode(shared / "a" / "b")] == [0o2770, 0o2770]
+    assert [mode(private / "a"), mode(private / "a" / "b")] == [0o2750, 0o2750]
+    assert (shared / "a" / "b").stat().st_gid == shared.stat().st_gid
+
+
+def test_a_folder_that_everybody_may_write_into_shares_nothing(tmp_path: Path) -> None:
+    (tmp_path / "like-tmp").mkdir()
+    (tmp_path / "like-tmp").chmod(0o1777)
+    make_folder(tmp_path / "like-tmp" / "a")
+    assert mode(tmp_path / "like-tmp" / "a") & 0o777 == 0o750
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -126,4 +147,3 @@ def test_a_new_link_to_an_old_file_is_no_leftover(tmp_path: Path) -> None:
     os.link(tmp_path / "old", tmp_path / ".link.new")
     remove_leftovers(tmp_path)
     assert (tmp_path / ".link.new").exists()
-

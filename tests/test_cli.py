@@ -174,3 +174,84 @@ def test_from_recipe_to_env_through_every_command(run: Run, recipe: Path, lab_in
     code, out, _ = run("--json", "lock", "--check", recipe)
     assert code == 7
     assert "has changed" in error_of(out)["message"]
+
+
+def test_a_bundle_is_verified_mended_packed_unpacked_and_accounted_for(
+    run: Run, recipe: Path, lab_index: IndexServer, tmp_path: Path
+) -> None:
+    code, out, _ = run("--json", "fetch", recipe)
+    assert code == 0, out
+    files = json.loads(out)["files"]
+    code, out, _ = run("--json", "bundle", "verify", "small")
+    assert code == 0, out
+    assert json.loads(out)["files"] > files
+
+    wheel = tmp_path / ".envbuilder/bundles/small/files/plain-1.0-py3-none-any.whl"
+    wheel.chmod(0o640)
+    content = wheel.read_bytes()
+    wheel.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, out, _ = run("--json", "bundle", "verify", "small")
+    assert code == 5
+    assert "files/plain-1.0-py3-none-any.whl" in error_of(out)["context"]
+    assert run("fetch", recipe, "--verify")[0] == 0
+    assert run("bundle", "verify", "small")[0] == 0
+
+    code, out, _ = run("--json", "bundle", "pack", "small", "--output", tmp_path / "small.tar")
+    assert code == 0, out
+    digest = json.loads(out)["manifest_sha256"]
+    there = tmp_path / "there"
+    code, out, _ = run("--json", "--root", there, "bundle", "unpack", tmp_path / "small.tar")
+    assert code == 0, out
+    assert json.loads(out)["manifest_sha256"] == digest
+    assert run("--root", there, "bundle", "verify", "small")[0] == 0
+    tampered = ("--manifest-sha256", "0" * 64)
+    assert run("--root", tmp_path / "no", "bundle", "unpack", tmp_path / "small.tar", *tampered)[0] == 5
+    assert not (tmp_path / "no/bundles/small").exists()
+
+    code, out, _ = run("--json", "bundle", "diff", "small", there / "bundles/small")
+    assert (code, json.loads(out)["changes"]) == (0, [])
+    assert run("bundle", "diff", "small", tmp_path / "elsewhere/small")[0] == 2
+
+    code, out, _ = run("bundle", "sbom", "small")
+    assert code == 0
+    assert "plain" in {component["name"] for component in json.loads(out)["components"]}
+
+    code, out, _ = run("--json", "bundle", "gc", "--dry-run")
+    assert (code, json.loads(out)["removed"]) == (0, [])
+
+
+def test_a_lock_keeps_versions_upgrades_them_and_says_what_changed(
+    run: Run, recipe: Path, lab_index: IndexServer, tmp_path: Path
+) -> None:
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("plain==1.0", "plain"), encoding="utf-8")
+    assert run("lock", recipe)[0] == 0
+    old = tmp_path / "pylock.old.toml"
+    old.write_bytes((tmp_path / "lockfiles/pylock.small.toml").read_bytes())
+    make_wheel(tmp_path / "index", "plain", "1.5")
+
+    assert json.loads(run("--json", "lock", recipe)[1])["changes"] == []
+    code, out, _ = run("--json", "lock", recipe, "--upgrade=absent")
+    assert code == 3
+    assert "absent" in error_of(out)["message"]
+    (change,) = json.loads(run("--json", "lock", recipe, "--upgrade=plain")[1])["changes"]
+    assert "plain" in change
+    assert "1.5" in change
+    code, out, _ = run("lock", recipe, "--diff", old)
+    assert code == 0
+    assert "1.5" in out
+    assert run("lock", recipe, "--diff", old, "--upgrade")[0] == 2
+
+
+def test_a_lock_is_made_for_a_probed_machine(run: Run, recipe: Path, lab_index: IndexServer) -> None:
+    code, out, _ = run("--json", "probe")
+    assert code == 0, out
+    assert json.loads(Path("target.json").read_text(encoding="utf-8"))["machine"]
+    code, out, _ = run("--json", "lock", recipe, "--target", "target.json")
+    assert code == 0, out
+    assert run("lock", "--check", recipe)[0] == 0
+    record = json.loads(Path("target.json").read_text(encoding="utf-8"))
+    record["interpreter"]["version"] = "3.9.1"
+    Path("target.json").write_text(json.dumps(record), encoding="utf-8")
+    code, out, _ = run("--json", "lock", recipe, "--target", "target.json")
+    assert code == 7
+    assert "3.9" in error_of(out)["message"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -297,3 +301,169 @@ def test_a_link_planted_at_the_partial_path_leaves_its_target_untouched(
     part.symlink_to(target)
     refused(server, client, part, MismatchError)
     assert target.read_text() == "mine"
+
+
+LARGE_NAME = "large-1.0-py3-none-any.whl"
+LARGE = bytes(range(253)) * 20_000
+"""Of a size that is read from the socket itself."""
+
+
+@pytest.fixture
+def large(server: IndexServer) -> IndexServer:
+    (server.folder / LARGE_NAME).write_bytes(LARGE)
+    return server
+
+
+def get_large(url: str, client: httpx.Client, part: Path) -> list[int]:
+    told: list[int] = []
+    digest = hashlib.sha256(LARGE).hexdigest()
+    download(client, url, sha256=digest, size=len(LARGE), part=part, on_bytes=told.append)
+    assert part.read_bytes() == LARGE
+    assert sum(told) == len(LARGE)
+    return told
+
+
+@pytest.fixture
+def through_httpx(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the pieces of bodies that httpx gives."""
+    pieces: list[int] = []
+    iter_raw = httpx.Response.iter_raw
+
+    def counted(response: httpx.Response) -> Iterator[bytes]:
+        for chunk in iter_raw(response):
+            pieces.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(httpx.Response, "iter_raw", counted)
+    return pieces
+
+
+def test_a_large_file_arrives_in_one_request_past_httpx(
+    large: IndexServer, client: httpx.Client, part: Path, through_httpx: list[int]
+) -> None:
+    get_large(large.file_url(LARGE_NAME), client, part)
+    assert ranges(large) == [None]
+    assert len(through_httpx) == 1
+
+
+def test_the_next_file_after_a_large_one_arrives(
+    large: IndexServer, client: httpx.Client, part: Path, tmp_path: Path
+) -> None:
+    get_large(large.file_url(LARGE_NAME), client, part)
+    get(large, client, tmp_path / "next")
+    get_large(large.file_url(LARGE_NAME), client, tmp_path / "again")
+    assert ranges(large) == [None, None, None]
+
+
+def test_a_large_file_is_taken_up_again_where_the_connection_was_lost(
+    large: IndexServer, client: httpx.Client, part: Path
+) -> None:
+    large.faults[LARGE_NAME] = [Fault(cut_after=2_000_000), Fault(cut_after=1_500_000)]
+    get_large(large.file_url(LARGE_NAME), client, part)
+    assert ranges(large) == [None, "bytes=2000000-", "bytes=3500000-"]
+
+
+def test_a_large_file_of_another_version_is_not_spliced(
+    large: IndexServer, client: httpx.Client, part: Path
+) -> None:
+    part.write_bytes(b"x" * 2_000_000)
+    get_large(large.file_url(LARGE_NAME), client, part)
+    assert ranges(large) == ["bytes=2000000-", None]
+
+
+def test_other_bytes_in_a_large_file_are_refused(
+    large: IndexServer, client: httpx.Client, part: Path
+) -> None:
+    large.faults[LARGE_NAME] = [Fault(body=LARGE[:-1] + b"?")]
+    with pytest.raises(IntegrityError):
+        get_large(large.file_url(LARGE_NAME), client, part)
+    assert ranges(large) == [None]
+
+
+def test_a_large_body_that_never_ends_is_left_at_the_locked_size(
+    large: IndexServer, client: httpx.Client, part: Path
+) -> None:
+    # It says the right length, and goes on.
+    length = {"Content-Length": str(len(LARGE))}
+    large.faults[LARGE_NAME] = [Fault(body=LARGE + b"x" * 1_000_000, headers=length)]
+    get_large(large.file_url(LARGE_NAME), client, part)
+    get(large, client, part.with_name("next"))
+
+
+def test_a_large_body_without_a_length_arrives(large: IndexServer, client: httpx.Client, part: Path) -> None:
+    large.faults[LARGE_NAME] = [Fault(chunked=True)]
+    get_large(large.file_url(LARGE_NAME), client, part)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_server_that_falls_silent_in_a_large_body_is_asked_again(large: IndexServer, part: Path) -> None:
+    large.faults[LARGE_NAME] = [Fault(stall_after=2_000_000)]
+    with httpx.Client(timeout=httpx.Timeout(30, read=0.5), trust_env=False, verify=False) as client:
+        get_large(large.file_url(LARGE_NAME), client, part)
+    assert ranges(large) == [None, "bytes=2000000-"]
+
+
+def test_a_large_file_that_is_stopped_keeps_what_it_has(
+    large: IndexServer, client: httpx.Client, part: Path
+) -> None:
+    def stop(more: int) -> None:
+        if part.stat().st_size >= 2_000_000:
+            raise KeyboardInterrupt
+
+    digest = hashlib.sha256(LARGE).hexdigest()
+    url = large.file_url(LARGE_NAME)
+    with pytest.raises(KeyboardInterrupt):
+        download(client, url, sha256=digest, size=len(LARGE), part=part, on_bytes=stop)
+    kept = part.read_bytes()
+    assert len(kept) >= 2_000_000
+    assert LARGE.startswith(kept)
+    get_large(url, client, part)
+    assert ranges(large) == [None, f"bytes={len(kept)}-"]
+
+
+def test_a_large_file_arrives_over_tls(large: IndexServer, part: Path, through_httpx: list[int]) -> None:
+    with tls_in_front_of(large) as port, loopback_client() as client:
+        get_large(f"https://127.0.0.1:{port}/files/{LARGE_NAME}", client, part)
+    assert ranges(large) == [None]
+    assert len(through_httpx) == 1
+
+
+def test_a_large_file_arrives_through_a_proxy(
+    large: IndexServer, part: Path, through_httpx: list[int]
+) -> None:
+    # httpx asks a proxy for http URLs as it asks a server, but for the whole URL: the index takes both.
+    with httpx.Client(proxy=large.origin, trust_env=False, verify=False) as client:
+        get_large(f"http://files.example.org/files/{LARGE_NAME}", client, part)
+    assert ranges(large) == [None]
+    assert len(through_httpx) == 1
+
+
+@contextmanager
+def tls_in_front_of(server: IndexServer) -> Iterator[int]:
+    """A port on loopback where `server` is spoken to over TLS, with a certificate that nobody vouches for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(Path(__file__).parent / "lab" / "loopback.pem")
+    behind = int(server.origin.rpartition(":")[2])
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            with (
+                context.wrap_socket(client, server_side=True) as outer,
+                socket.create_connection(("127.0.0.1", behind)) as inner,
+                suppress(OSError),  # a client that has enough
+            ):
+                # A request is small and comes whole; the server closes after its answer.
+                inner.sendall(outer.recv(65536).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                while chunk := inner.recv(65536):
+                    outer.sendall(chunk)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()

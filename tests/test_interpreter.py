@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import envbuilder.interpreter
 from envbuilder.errors import MismatchError
 from envbuilder.interpreter import check_interpreter, find_provided, inspect_interpreter
 from envbuilder.model import BundleRecord
@@ -35,6 +36,8 @@ def record(python: str = MINOR) -> BundleRecord:
         recipe="lab",
         python=python,
         lock_sha256="0",
+        recipe_sha256="0",
+        start_sha256="0",
         tool_version="0",
         tool_wheel="",
         tool_sha256="",
@@ -58,8 +61,12 @@ def test_a_venvs_interpreter_stays_itself(tmp_path: Path) -> None:
     assert found.purelib == tmp_path / "venv" / "lib" / f"python{MINOR}" / "site-packages"
 
 
-@pytest.mark.parametrize("text", ["exit 3", "echo hello"])
-def test_a_program_that_is_no_python_is_a_mismatch(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["exit 3", "echo hello", "sleep 600"])
+def test_a_program_that_is_no_python_is_a_mismatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    if "sleep" in text:
+        monkeypatch.setattr(envbuilder.interpreter, "_TIMEOUT_S", 0.5)
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     program.chmod(0o755)

@@ -12,15 +12,14 @@ from envbuilder.lock import (
     GROUPS,
     Group,
     LockedFile,
-    LockEntry,
     SourceLock,
     check_current,
-    compose_lock,
     lock_filename,
     parse_lock,
     read_lock,
     recipe_digest,
 )
+from envbuilder.lock_text import LockEntry, compose_lock
 from envbuilder.recipe import Recipe, load_recipe
 from envbuilder.requirements import tool_requires, trainer_requires
 from envbuilder.target import python_versions, target_for
@@ -104,12 +103,13 @@ def test_a_python_that_no_wheel_fits_is_a_mismatch() -> None:
     [
         (r"^size = 123\n", "", "no sha256 or no size"),
         (r'sha256 = "\w+"', 'md5 = "ab"', "no sha256 or no size"),
+        (r'sha256 = "\w+"', 'sha256 = "ab"', "no sha256 or no size"),
         (r"^path = .*$", 'path = "elsewhere/app-1.0-py3-none-any.whl"', "path in a bundle"),
         (r"^path = .*$", 'path = "files/../app-1.0-py3-none-any.whl"', "path in a bundle"),
         (r"^(path = .*)$", '\\1\nurl = "https://127.0.0.1/app-1.0-py3-none-any.whl"', "no URL"),
-        (r'^index = "default"$', "", "doesn't name its index"),
+        (r'^index = "default"$', "", "names neither its index nor its git commit"),
         (r'^version = "1.0"$', "", "one version"),
-        (r"^schema = 1$", "schema = 2", "schema 1"),
+        (r"^schema = 2$", "schema = 1", "schema 2"),
         (r"^lock-version = .*$", 'lock-version = "9.0"', "version"),
         (r"^\[\[packages\]\]$", "[[packages", ""),
     ],
@@ -152,16 +152,16 @@ def test_a_lock_that_is_no_text_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_lock_depends_on_changes_the_digest(change: dict[str, object]) -> None:
-    assert recipe_digest(recipe(**change), ["torch"], ["uv"]) != recipe_digest(recipe(), ["torch"], ["uv"])
+    assert recipe_digest(recipe(**change), ["torch"], ["uv"], {}) != recipe_digest(recipe(), ["torch"], ["uv"], {})
 
 
 def test_what_a_lock_does_not_depend_on_leaves_the_digest() -> None:
-    before = recipe_digest(recipe(build={"app": {}}), ["torch"], ["uv"])
+    before = recipe_digest(recipe(build={"app": {}}), ["torch"], ["uv"], {})
     after = recipe(description="other words", build={"app": {"env": {"A": "1"}}})
 
-    assert recipe_digest(after, ["torch"], ["uv"]) == before
-    assert recipe_digest(after, ["torch", "peft"], ["uv"]) != before
-    assert recipe_digest(after, ["torch"], ["uv", "pip"]) != before
+    assert recipe_digest(after, ["torch"], ["uv"], {}) == before
+    assert recipe_digest(after, ["torch", "peft"], ["uv"], {}) != before
+    assert recipe_digest(after, ["torch"], ["uv", "pip"], {}) != before
 
 
 def test_a_recipe_that_has_moved_on_is_a_mismatch_with_the_command_that_mends_it() -> None:
@@ -179,7 +179,7 @@ def test_the_shipped_locks_are_those_of_the_shipped_recipes_and_serve_all_their_
     path = REPOSITORY / "lockfiles" / lock_filename(name)
     lock = read_lock(path)
 
-    check_current(lock, recipe_digest(shipped, trainer_requires(), tool_requires()))
+    check_current(lock, recipe_digest(shipped, trainer_requires(), tool_requires(), {}))
     for python in python_versions(shipped.target):
         packages = {file.package for file in lock.select(target_for(shipped.target, python), GROUPS)}
         assert set(shipped.build) < packages

@@ -68,9 +68,11 @@ def make(server: IndexServer, notebook: Notebook, tmp_path: Path) -> Iterator[Ma
         def make(resolver: str = "uv", **fields: object) -> str:
             return make_lock(
                 recipe(**fields),
+                folder=tmp_path,
                 resolver=resolver_named(resolver),
                 indexes={"default": Index("default", server.url, client)},
                 client=client,
+                hub=None,
                 cache=tmp_path / "cache",
                 reporter=notebook,
             )
@@ -119,7 +121,7 @@ def test_the_same_inputs_give_the_same_text_and_the_digest_of_the_recipe(
     text = make()
 
     assert make() == text
-    check_current(parse_lock("demo", text), recipe_digest(recipe(), trainer_requires(), tool_requires()))
+    check_current(parse_lock("demo", text), recipe_digest(recipe(), trainer_requires(), tool_requires(), {}))
 
 
 def test_both_resolvers_give_the_same_lock(server: IndexServer, make: Make) -> None:
@@ -287,7 +289,7 @@ def test_exclusions_are_recorded_and_one_in_vain_is_warned_of(
     ("fields", "message"),
     [
         ({"exclude": [{"package": "app", "reason": "no"}]}, "both requires and excludes app"),
-        ({"index": {"other": "default"}}, "other, which demo doesn't require itself"),
+        ({"index": {"other": "default"}}, "other, which nothing in demo requires"),
         ({"build": {"kernels": {}}}, "Nothing in demo requires kernels"),
         ({"requirements": ["kernels>9"], "build": {"kernels": {}}}, "no sdist .* of kernels>9"),
         ({"target": {"python": ">=4"}}, "No Python version"),

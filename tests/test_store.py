@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import multiprocessing
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,3 +164,95 @@ def test_partial_files_of_what_is_stored_are_tidied_away_and_others_stay(store: 
     other.write_bytes(b"")
     store.tidy()
     assert partials(store) == [other]
+
+
+def test_tidying_leaves_what_is_no_partial_file(store: Store) -> None:
+    scratch = store.folder / "partial" / ".git-scratch"
+    scratch.mkdir()
+    store.tidy()
+    assert partials(store) == [scratch]
+
+
+@pytest.mark.parametrize("refused", ["read", "remove"])
+def test_a_partial_file_of_another_user_is_no_obstacle(
+    store: Store, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    # Root may do everything, so the refusal is made here; tests/lab/test_shared_root.py has real users.
+    theirs = leave(store, BODY[:300], "theirs")
+    os.utime(theirs, (LONG_AGO, LONG_AGO))
+    leave(store, BODY[:200], "own")
+    forbidden = {"read": "open", "remove": "unlink"}[refused]
+    allowed = getattr(Path, forbidden)
+
+    def refuse(path: Path, *given: object, **named: object) -> object:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return allowed(path, *given, **named)
+
+    monkeypatch.setattr(Path, forbidden, refuse)
+
+    def fill(part: Path) -> None:
+        assert part.read_bytes() == (BODY[:200] if refused == "read" else BODY[:300])
+        whole(part)
+
+    assert store.add(SHA256, SIZE, fill).read_bytes() == BODY
+    assert partials(store) == ([theirs] if refused == "remove" else [])
+    store.tidy()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077], ids=["umask-000", "umask-077"])
+@pytest.mark.parametrize("parent", [0o2750, 0o2770])
+def test_the_store_has_the_modes_of_its_parent_whatever_the_umask(
+    tmp_path: Path, umask: int, parent: int
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    root.chmod(parent)
+    before = os.umask(umask)
+    try:
+        path = Store(root / "store").add(SHA256, SIZE, whole)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o440
+    assert path.stat().st_gid == root.stat().st_gid
+    for folder in (root / "store", root / "store" / "partial"):
+        assert stat.S_IMODE(folder.stat().st_mode) == parent
+
+
+def test_a_group_may_share_a_store(store: Store) -> None:
+    for folder in (store.folder, store.folder / "partial"):
+        folder.chmod(0o2770)
+    assert store.add(SHA256, SIZE, whole).read_bytes() == BODY
+
+
+def add_many(folder: Path, begin: object) -> None:
+    """Stores the same twenty files as seven other processes, where no file lock does anything."""
+    fcntl.flock = fcntl.lockf = lambda *_: None  # type: ignore[assignment]
+    begin.wait()  # type: ignore[attr-defined]
+    for number in range(20):
+        body = bytes([number]) * 100_000
+
+        def fill(part: Path, body: bytes = body) -> None:
+            with part.open("wb") as file:
+                for start in range(0, len(body), 10_000):
+                    file.write(body[start : start + 10_000])
+
+        Store(folder).add(hashlib.sha256(body).hexdigest(), len(body), fill)
+    Store(folder).tidy()
+    sys.exit(0)
+
+
+def test_eight_processes_store_the_same_files_without_locks(store: Store) -> None:
+    context = multiprocessing.get_context("fork" if sys.version_info < (3, 12) else "forkserver")
+    begin = context.Barrier(8)
+    processes = [context.Process(target=add_many, args=(store.folder, begin)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    stored = [path for path in store.folder.iterdir() if path.name != "partial"]
+    assert len(stored) == 20
+    for path in stored:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    assert partials(store) == []

@@ -6,8 +6,9 @@ import pytest
 from packaging.tags import parse_tag
 
 from envbuilder.errors import MismatchError
-from envbuilder.recipe import TargetSpec
-from envbuilder.target import python_versions, target_for
+from envbuilder.recipe import Recipe, TargetSpec
+from envbuilder.target import narrow_target, python_versions, target_for
+from tests.machines import machine_record
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,97 @@ def test_a_python_that_the_recipe_does_not_serve_is_a_mismatch_that_names_those_
         target_for(TargetSpec(), "3.10")
 
     assert "3.11, 3.12, 3.13" in caught.value.remedy
+
+
+def provided_recipe(*packages: str, **target: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "demo",
+            "requirements": ["app"],
+            "target": target,
+            "provided": {"python": "/opt/module/bin/python", "packages": packages},
+        }
+    )
+
+
+def plain_recipe(**target: str) -> Recipe:
+    return Recipe.model_validate({"name": "demo", "requirements": ["app"], "target": target})
+
+
+def test_a_narrowed_recipe_is_for_the_probed_machine_alone() -> None:
+    recipe = plain_recipe(python=">=3.11", machine="x86_64", glibc="2.28")
+    narrowed = narrow_target(recipe, machine_record(python="3.12.4", machine="aarch64", glibc="2.34"))
+    assert narrowed.target == TargetSpec(python="==3.12.*", machine="aarch64", glibc="2.34")
+    assert python_versions(narrowed.target) == ("3.12",)
+    assert narrowed.model_copy(update={"target": recipe.target}) == recipe
+
+
+def test_an_older_glibc_than_the_recipes_is_the_targets() -> None:
+    narrowed = narrow_target(plain_recipe(glibc="2.34"), machine_record(glibc="2.17"))
+    assert narrowed.target.glibc == "2.17"
+
+
+@pytest.mark.parametrize(
+    ("found", "requirement", "pin"),
+    [
+        ("2.11.0+cu130", "torch", "torch==2.11.0"),
+        ("2.11.0+cu130", "torch>=2.10", "torch==2.11.0"),
+        ("2.11.0+cu130", "torch==2.11.0+cu130", "torch==2.11.0"),
+        ("2.11.0a0+nv25.1", "torch>=2.10", "torch==2.11.0a0"),
+    ],
+)
+def test_provided_packages_are_pinned_to_the_public_versions_probed(
+    found: str, requirement: str, pin: str
+) -> None:
+    recipe = provided_recipe(requirement, "Flash_Attn")
+    machine = machine_record(provided={"torch": found, "flash-attn": "2.8.3", "unasked": "1.0"})
+    narrowed = narrow_target(recipe, machine)
+    assert narrowed.provided is not None
+    assert narrowed.provided.packages == (pin, "Flash_Attn==2.8.3")
+    assert narrowed.provided.python == "/opt/module/bin/python"
+
+
+@pytest.mark.parametrize(
+    ("provided", "fault"),
+    [
+        ({"torch": "2.10.0"}, "torch is 2.10.0, not ==2.11.0; triton is missing"),
+        ({"torch": None, "triton": "3.5"}, "torch is missing"),
+        ({"torch": "2.11.0", "triton": "git-main"}, "triton is git-main, not"),
+    ],
+)
+def test_provided_packages_that_the_recipe_does_not_admit_are_a_mismatch_that_names_them_all(
+    provided: dict[str, str | None], fault: str
+) -> None:
+    with pytest.raises(MismatchError, match="doesn't provide") as caught:
+        narrow_target(provided_recipe("torch==2.11.0", "triton"), machine_record(provided=provided))
+    assert fault in caught.value.message
+    assert "envbuilder probe --recipe recipes/demo.toml" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("python", "implementation"),
+    [("3.10.9", "cpython"), ("3.11.2", "cpython"), ("3.14.0", "cpython"), ("3.12.4", "pypy")],
+)
+def test_a_python_that_the_recipe_does_not_admit_is_a_mismatch(python: str, implementation: str) -> None:
+    recipe = plain_recipe(python=">=3.11.4,<3.14")
+    with pytest.raises(MismatchError, match=f"{implementation} {python}") as caught:
+        narrow_target(recipe, machine_record(python=python, implementation=implementation, tags=()))
+    assert "--python" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("machine", "glibc"), [("ppc64le", "2.34"), ("x86_64", None)])
+def test_a_machine_that_no_wheels_are_for_is_a_mismatch(machine: str, glibc: str | None) -> None:
+    with pytest.raises(MismatchError, match="there are no wheels for it"):
+        narrow_target(plain_recipe(), machine_record(machine=machine, glibc=glibc, tags=()))
+
+
+def test_a_free_threaded_python_is_a_mismatch() -> None:
+    record = machine_record(python="3.13.1", tags=("cp313-cp313t-manylinux_2_34_x86_64", "py3-none-any"))
+    with pytest.raises(MismatchError, match="no wheels tagged cp313-cp313-manylinux_2_34_x86_64"):
+        narrow_target(plain_recipe(), record)
+
+
+@pytest.mark.parametrize("version", ["3.13.0rc2", "3.13.1+"])
+def test_odd_ends_of_a_python_version_do_no_harm(version: str) -> None:
+    narrowed = narrow_target(plain_recipe(), machine_record(python=version))
+    assert narrowed.target.python == "==3.13.*"

@@ -32,6 +32,8 @@ class BuildInputs:
     package: str
     version: str
     sdist_sha256: str
+    patches: tuple[str, ...]
+    """The sha256 of each patch, in the order in which they are applied."""
     python: str
     """Minor version."""
     torch: str | None

@@ -2,7 +2,7 @@
 
 1. Whatever is in the wheelhouse under the same ABI key is taken as it is.
 2. A build environment is made from the bundle's `build` group alone, and its compiler tried.
-3. Each sdist is unpacked, built in the sandbox, and its wheel checked for what the recipe names.
+3. Each sdist is unpacked and patched, built in the sandbox, and its wheel checked for what the recipe names.
 4. The wheel goes into the wheelhouse, its receipt last.
 
 Everything unfinished lies in one private folder, which is removed however the work ends.
@@ -28,8 +28,9 @@ from envbuilder.envlock import WheelFile, bundle_wheel
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.gpu import wanted_capabilities
 from envbuilder.interpreter import Interpreter, check_interpreter, find_provided, inspect_interpreter
-from envbuilder.lock import LockedFile
+from envbuilder.lock import LockedFile, LockedPatch
 from envbuilder.model import BuildReceipt, BuiltWheel, Bundle, ProvidedPackages
+from envbuilder.patches import apply_patches, check_git
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, SourceBuild
 from envbuilder.report import Reporter
@@ -89,8 +90,8 @@ def compile_recipe(
     """
     began = time.monotonic()
     interpreter = inspect_interpreter(python)
-    check_interpreter(interpreter, recipe.target, bundle.record)
-    target = target_for(recipe.target, interpreter.minor)
+    check_interpreter(interpreter, bundle.lock.target, bundle.record)
+    target = target_for(bundle.lock.target, interpreter.minor)
     sdists = [file for file in bundle.lock.select(target, ("runtime",)) if file.is_sdist]
     if not sdists:
         return CompileReport((), (), time.monotonic() - began)
@@ -104,6 +105,8 @@ def compile_recipe(
             wheels[sdist] = built
     reused = tuple(sdist.package for sdist in wheels)
     if missing := [sdist for sdist in sdists if sdist not in wheels]:
+        if any(bundle.lock.patches_of(sdist.package) for sdist in missing):
+            check_git()
         sandbox = find_sandbox(require_isolation=require_isolation)
         if sandbox.isolation == "none":
             reporter.warn("this machine can't cut builds off from the network; the receipts say so")
@@ -128,7 +131,7 @@ def compile_recipe(
                 compiler=machine.compiler,
                 sandbox=sandbox,
                 log=log,
-                remedy=_fetch_again(recipe),
+                remedy=_fetch_again(recipe.name),
             )
             for sdist in missing:
                 reporter.stage(f"building {sdist.package} {sdist.version}")
@@ -177,6 +180,7 @@ def _inputs(
         package=sdist.package,
         version=sdist.version,
         sdist_sha256=sdist.sha256,
+        patches=tuple(patch.sha256 for patch in bundle.lock.patches_of(sdist.package)),
         python=machine.interpreter.minor,
         torch=machine.provided_torch.version if machine.provided_torch else locked_torch,
         compute_capabilities=machine.capabilities,
@@ -215,6 +219,8 @@ def _build(
     archive = folder / sdist.filename
     copy_verified(bundle_file(bundle, sdist), sdist.sha256, sdist.size, archive)
     source = unpack_sdist(archive, folder / "source")
+    patches = bundle.lock.patches_of(sdist.package)
+    apply_patches(source, _patches(bundle, patches, folder))
     env.units_log.unlink(missing_ok=True)
     wheel = build_wheel(
         source,
@@ -240,6 +246,7 @@ def _build(
         version=sdist.version,
         sdist=sdist.filename,
         sdist_sha256=sdist.sha256,
+        patches={patch.path: patch.sha256 for patch in patches},
         key=inputs.key,
         wheel=wheel.name,
         wheel_sha256=hash_file(wheel),
@@ -262,5 +269,21 @@ def _build(
     return wheel, receipt
 
 
-def _fetch_again(recipe: Recipe) -> str:
-    return f"envbuilder fetch recipes/{recipe.name}.toml --verify"
+def _patches(bundle: Bundle, patches: Sequence[LockedPatch], folder: Path) -> dict[str, bytes]:
+    """The bytes of `patches`, each verified as it is read."""
+    contents = {}
+    for patch in patches:
+        source, copy = bundle.path / patch.path, folder / "patch"
+        if not source.is_file():
+            raise MismatchError(
+                f"The bundle {bundle.path} lacks {patch.path}.",
+                remedy=f"envbuilder fetch recipes/{bundle.record.recipe}.toml",
+                context={"file": source},
+            )
+        copy_verified(source, patch.sha256, patch.size, copy, remedy=_fetch_again(bundle.record.recipe))
+        contents[patch.path] = copy.read_bytes()
+    return contents
+
+
+def _fetch_again(recipe: str) -> str:
+    return f"envbuilder fetch recipes/{recipe}.toml --verify"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from envbuilder.doctor.gpus import Gpus, read_gpus
+from envbuilder.gpu import Gpus, read_gpus
 from envbuilder.interpreter import Interpreter, inspect_interpreter
 from envbuilder.lock import SourceLock
 from envbuilder.model import EnvReceipt, read_record

@@ -8,5 +8,6 @@ start.py   goes into the bundle: sets up the tool on a machine without internet
 """
 
 from envbuilder.fetch.stage import FetchReport, fetch_bundle
+from envbuilder.fetch.wanted import Origins
 
-__all__ = ["FetchReport", "fetch_bundle"]
+__all__ = ["FetchReport", "Origins", "fetch_bundle"]

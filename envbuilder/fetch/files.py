@@ -1,31 +1,30 @@
-"""The locked files: which are in place, and bringing those that are not, from the store or the index."""
+"""The locked files: which are in place, and bringing those that are not, from the store or their origin."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from secrets import token_hex
 from typing import TypeVar
 
-import httpx
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from envbuilder.atomic import NEW_SUFFIX, make_folder, no_room, write_atomically, writing
 from envbuilder.bundle import copy_verified, hash_file
-from envbuilder.download import download
-from envbuilder.errors import IntegrityError, NetworkError
-from envbuilder.index import Index, IndexFile
-from envbuilder.lock import LockedFile
+from envbuilder.errors import NetworkError
+from envbuilder.fetch.wanted import Wanted
 from envbuilder.report import Reporter
 from envbuilder.store import Store
 
 AT_ONCE = 8
 """Files transferred, or hashed, at the same time."""
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -67,9 +66,9 @@ def read_stamps(path: Path) -> dict[str, Stamp]:
         return {}
 
 
-def write_stamps(path: Path, files: Iterable[LockedFile], folder: Path) -> None:
-    """Keeps the stamps of `files`, which have just been found or put right in `folder`."""
-    stamps = {file.filename: Stamp.of(folder / file.filename, file.sha256) for file in files}
+def write_stamps(path: Path, files: Iterable[Wanted], bundle: Path) -> None:
+    """Keeps the stamps of `files`, which have just been found or put right in the folder `bundle`."""
+    stamps = {file.path: Stamp.of(bundle / file.path, file.sha256) for file in files}
     content = _STAMPS.dump_json(stamps, indent=1)
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, content)
@@ -79,98 +78,64 @@ def write_stamps(path: Path, files: Iterable[LockedFile], folder: Path) -> None:
 class Plan:
     """What is to be done for a set of locked files; biggest first."""
 
-    store: tuple[LockedFile, ...]
+    store: tuple[Wanted, ...]
     """In the store already, with the right bytes."""
-    index: tuple[LockedFile, ...]
-    """To be transferred."""
+    origin: tuple[Wanted, ...]
+    """To be brought from where they come from."""
 
 
 def plan_files(
-    files: Sequence[LockedFile], folder: Path, store: Store, stamps: Mapping[str, Stamp], reporter: Reporter
+    files: Sequence[Wanted], bundle: Path, store: Store, stamps: Mapping[str, Stamp], reporter: Reporter
 ) -> Plan:
-    """What `folder` lacks of `files`. A file with an unchanged stamp is not read; any other is hashed."""
+    """What the folder `bundle` lacks of `files`. Where the stamp is unchanged, a file is not read."""
     meter = _Meter(reporter, "check", sum(file.size for file in files))
 
-    def where(file: LockedFile) -> str:
-        path = folder / file.filename
-        unchanged = path.is_file() and stamps.get(file.filename) == Stamp.of(path, file.sha256)
-        place = "bundle" if unchanged or _is(path, file) else "index"
-        if place == "index" and _is(store.path(file.sha256), file):
+    def where(file: Wanted) -> str:
+        path = bundle / file.path
+        unchanged = path.is_file() and stamps.get(file.path) == Stamp.of(path, file.sha256)
+        place = "bundle" if unchanged or _is(path, file) else "origin"
+        if place == "origin" and _is(store.path(file.sha256), file):
             place = "store"
         meter.count(file.size)
         return place
 
-    ordered = sorted(files, key=lambda file: (-file.size, file.filename))
+    ordered = sorted(files, key=lambda file: (-file.size, file.path))
     found = list(zip(ordered, _in_parallel(where, ordered, meter.stop), strict=True))
     return Plan(
         store=tuple(file for file, place in found if place == "store"),
-        index=tuple(file for file, place in found if place == "index"),
+        origin=tuple(file for file, place in found if place == "origin"),
     )
 
 
-def bring_files(
-    plan: Plan,
-    folder: Path,
-    store: Store,
-    *,
-    recipe: str,
-    indexes: Mapping[str, Index],
-    client: httpx.Client,
-    reporter: Reporter,
-) -> None:
-    """Carries out `plan`: afterwards `folder` has the files, each of the size and sha256 in the lock.
+def bring_files(plan: Plan, bundle: Path, store: Store, reporter: Reporter) -> None:
+    """Carries out `plan`: afterwards the folder `bundle` has the files, each with the lock's size and sha256.
 
-    IntegrityError where an index has another file of that name; NetworkError where it can't be reached or
-    has none; MismatchError where the disk has no room. The other transfers then stop, and can be resumed.
-    `recipe` is the name for the remedies.
+    Raises what the files' `fill` raises (IntegrityError, NetworkError, …), and MismatchError where the disk
+    has no room. The other transfers then stop, and can be resumed.
     """
     store.check_folder()
-    needed = sum(file.size for file in plan.index)
+    needed = sum({file.sha256: file.size for file in plan.origin}.values())
     if needed > shutil.disk_usage(store.folder).free:
         raise no_room(store.folder, needed, "the disk has less left")
-    with writing(folder, 0):
-        make_folder(folder)
     meter = _Meter(reporter, "fetch", needed)
 
-    def transfer(file: LockedFile) -> None:
-        url = _offered(indexes[file.index], file, recipe).url
-
-        def fill(part: Path) -> None:
-            download(client, url, sha256=file.sha256, size=file.size, part=part, on_bytes=meter.count)
-
-        store.add(file.sha256, file.size, fill)
-        _place(store, file, folder)
+    def bring(same: tuple[Wanted, ...]) -> None:
+        first = same[0]
+        with meter.file(first) as count:
+            store.add(first.sha256, first.size, lambda part: first.fill(part, count))
+        for file in same:
+            _place(store, file, bundle)
 
     for file in plan.store:
-        _place(store, file, folder)
-    _in_parallel(transfer, plan.index, meter.stop)
+        _place(store, file, bundle)
+    # The same bytes under two names come once.
+    by_content: dict[str, list[Wanted]] = {}
+    for file in plan.origin:
+        by_content.setdefault(file.sha256, []).append(file)
+    _in_parallel(bring, [tuple(same) for same in by_content.values()], meter.stop)
 
 
-def _offered(index: Index, file: LockedFile, recipe: str) -> IndexFile:
-    """What `index` offers under the file's name, if that is the file."""
-    offer = next((offer for offer in index.files(file.package) if offer.filename == file.filename), None)
-    if offer is None:
-        raise NetworkError(
-            f"The index {index.name} has no {file.filename} any more.",
-            remedy=f"Use an index that has it (docs/recipes.md), or: envbuilder lock recipes/{recipe}.toml",
-            context={"index": index.name, "file": file.filename},
-        )
-    for what, expected, got in (("sha256", file.sha256, offer.sha256), ("size", file.size, offer.size)):
-        if got is not None and got != expected:
-            raise IntegrityError(
-                f"The index {index.name} announces another {file.filename} than the lock names.",
-                remedy=f"Find out why; if the new file is wanted: envbuilder lock recipes/{recipe}.toml",
-                context={
-                    "index": index.name,
-                    "file": file.filename,
-                    "expected": f"{what} {expected}",
-                    "got": f"{what} {got}",
-                },
-            )
-    return offer
-
-
-def _is(path: Path, file: LockedFile) -> bool:
+def _is(path: Path, file: Wanted) -> bool:
     """Whether `path` has the bytes that the lock names."""
     return (
         path.is_file()
@@ -180,14 +145,21 @@ def _is(path: Path, file: LockedFile) -> bool:
     )
 
 
-def _place(store: Store, file: LockedFile, folder: Path) -> None:
+def _place(store: Store, file: Wanted, bundle: Path) -> None:
     """Puts a stored file into the bundle: a hard link, or a copy where the file system has none."""
-    stored, destination = store.path(file.sha256), folder / file.filename
+    stored, destination = store.path(file.sha256), bundle / file.path
     # Under a name of its own first: at no moment does another fetch find the file missing.
     link = destination.with_name(f".{token_hex(8)}{NEW_SUFFIX}")
     with writing(destination, file.size):
+        make_folder(destination.parent)
         try:
             os.link(stored, link)
+        except FileNotFoundError as error:
+            raise NetworkError(
+                f"Another process has removed {stored} meanwhile.",
+                remedy="Run the same command again.",
+                context={"file": stored},
+            ) from error
         except OSError:
             copy_verified(stored, file.sha256, file.size, destination)
             return
@@ -212,13 +184,30 @@ class _Meter:
             if more:
                 self._reporter.progress(self._label, self._done, self._total, "bytes")
 
+    @contextmanager
+    def file(self, file: Wanted) -> Iterator[Callable[[int], None]]:
+        """`count` for the bytes of one file, which is on the display meanwhile."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            self.count(more)
+            done += more
+            if more and done < file.size:
+                self._reporter.item(self._label, PurePath(file.path).name, done, file.size)
+
+        try:
+            yield count
+        finally:
+            self._reporter.item(self._label, PurePath(file.path).name, 0, 0)
+
 
 def _in_parallel(
-    work: Callable[[LockedFile], _Result], files: Sequence[LockedFile], stop: threading.Event
+    work: Callable[[_Item], _Result], items: Sequence[_Item], stop: threading.Event
 ) -> list[_Result]:
-    """`work` on each file, AT_ONCE at a time; the first failure (or Ctrl-C) sets `stop` and is raised."""
+    """`work` on each item, AT_ONCE at a time; the first failure (or Ctrl-C) sets `stop` and is raised."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(work, file) for file in files]
+        futures = [pool.submit(work, item) for item in items]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:

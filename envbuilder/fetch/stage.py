@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import tomli_w
 
 from envbuilder import __version__
-from envbuilder.atomic import make_folder, remove_leftovers, write_atomically, writing
+from envbuilder.atomic import NEW_SUFFIX, make_folder, remove_leftovers, write_atomically, writing
+from envbuilder.build_downloads import downloads_of, report_downloads
 from envbuilder.bundle import RECIPE, RECORD, START, TOOL
+from envbuilder.fetch.closure import prove_closure
 from envbuilder.fetch.files import bring_files, plan_files, read_stamps, write_stamps
 from envbuilder.fetch.selfpack import pack_tool, pack_trainer
-from envbuilder.index import Index
-from envbuilder.lock import FILES, GROUPS, SourceLock, lock_filename
+from envbuilder.fetch.wanted import Origins, wanted_files
+from envbuilder.lock import SourceLock, lock_filename
 from envbuilder.model import Bundle, BundleRecord
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
@@ -48,25 +49,28 @@ def fetch_bundle(
     *,
     root: Root,
     python: str,
-    indexes: Mapping[str, Index],
-    client: httpx.Client,
+    origins: Origins,
     reporter: Reporter,
     verify: bool = False,
 ) -> FetchReport:
     """Makes the bundle of `recipe` for Python `python` ("3.12") complete, by its `lock`.
 
     What is in place already is not transferred, nor read if it is as the last fetch left it; `verify` reads
-    everything and mends what is wrong. Raises IntegrityError, NetworkError, MismatchError (no room on the
-    disk, or no file for this Python); the same call again then goes on from what is there.
+    everything and mends what is wrong. Before the bundle counts as complete, its files alone are shown to be
+    enough for every build. Raises IntegrityError, NetworkError, MismatchError (no room on the disk, no file
+    for this Python, files that don't suffice); the same call again then goes on from what is there.
     """
     begin = time.monotonic()
-    target = target_for(recipe.target, python)
-    files = lock.select(target, GROUPS)
+    target = target_for(lock.target, python)
+    files = wanted_files(recipe, lock, target, origins)
     tool, trainer = pack_tool(), pack_trainer() if recipe.trainer else None
+    recipe_toml, start = _recipe_toml(recipe).encode(), Path(__file__).with_name("start.py").read_bytes()
     record = BundleRecord(
         recipe=recipe.name,
         python=python,
         lock_sha256=lock.digest,
+        recipe_sha256=hashlib.sha256(recipe_toml).hexdigest(),
+        start_sha256=hashlib.sha256(start).hexdigest(),
         tool_version=__version__,
         tool_wheel=tool.filename,
         tool_sha256=tool.sha256,
@@ -77,47 +81,41 @@ def fetch_bundle(
     folder = root.bundle(recipe.name)
     contents = {
         folder / lock_filename(recipe.name): lock.text.encode(),
-        folder / RECIPE: _recipe_toml(recipe).encode(),
-        folder / START: Path(__file__).with_name("start.py").read_bytes(),
+        folder / RECIPE: recipe_toml,
+        folder / START: start,
         **{folder / TOOL / wheel.filename: wheel.content for wheel in (tool, trainer) if wheel},
     }
     record_file, record_bytes = folder / RECORD, f"{record.model_dump_json(indent=2)}\n".encode()
     store, stamps = Store(root.store), root.cache / "fetch" / f"{recipe.name}.json"
 
     reporter.stage(f"fetching {len(files)} files of {recipe.name}")
-    plan = plan_files(files, folder / FILES, store, {} if verify else read_stamps(stamps), reporter)
+    plan = plan_files(files, folder, store, {} if verify else read_stamps(stamps), reporter)
     stale = [path for path, content in contents.items() if not _has(path, content)]
-    strange = _others(folder / FILES, {file.filename for file in files})
-    strange += _others(folder / TOOL, {path.name for path in contents})
-    if plan.store or plan.index or stale or strange or not _has(record_file, record_bytes):
+    strange = _others(folder, {*(folder / file.path for file in files), *contents, record_file})
+    if plan.store or plan.origin or stale or strange or not _has(record_file, record_bytes):
         with writing(folder, 0):
             make_folder(folder)
             record_file.unlink(missing_ok=True)
-        bring_files(
-            plan,
-            folder / FILES,
-            store,
-            recipe=recipe.name,
-            indexes=indexes,
-            client=client,
-            reporter=reporter,
-        )
+        bring_files(plan, folder, store, reporter)
         for path in stale:
             write_atomically(path, contents[path])
         for path in strange:
             path.unlink(missing_ok=True)
-        for part in (folder, folder / FILES, folder / TOOL):
+        for part in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
             remove_leftovers(part)
+        if any(file.is_sdist for file in lock.select(target)):
+            prove_closure(recipe, lock, folder, python=python, reporter=reporter)
+            report_downloads(recipe, downloads_of(recipe, lock, folder, python=python), reporter)
         write_atomically(record_file, record_bytes)
-    write_stamps(stamps, files, folder / FILES)
+    write_stamps(stamps, files, folder)
     store.tidy()
     return FetchReport(
         # Not read back: another fetch of this bundle may be about to write the same record again.
         bundle=Bundle(path=folder, record=record, lock=lock),
         files=len(files),
         bytes=sum(file.size for file in files),
-        transferred_files=len(plan.index),
-        transferred_bytes=sum(file.size for file in plan.index),
+        transferred_files=len(plan.origin),
+        transferred_bytes=sum(file.size for file in plan.origin),
         seconds=time.monotonic() - begin,
     )
 
@@ -134,8 +132,11 @@ def _has(path: Path, content: bytes) -> bool:
         return False
 
 
-def _others(folder: Path, names: set[str]) -> list[Path]:
-    """Files in `folder` beside those of these names; names with a dot first are copies on their way."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if path.name not in names and not path.name.startswith(".")]
+def _others(folder: Path, known: set[Path]) -> list[Path]:
+    """Files below `folder` beside those known; hidden new ones are on their way."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in found if path not in known and not _on_its_way(path)]
+
+
+def _on_its_way(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(NEW_SUFFIX) and not path.is_symlink()

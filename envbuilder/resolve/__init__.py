@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from envbuilder.errors import UsageError
 from envbuilder.resolve.pip_tools import PipToolsResolver
-from envbuilder.resolve.protocol import KnownPackage, Request, Resolver, Versions
+from envbuilder.resolve.protocol import Request, Resolver, Versions
 from envbuilder.resolve.uv import UvResolver
+from envbuilder.stubs import KnownPackage
 
 __all__ = [
     "RESOLVERS",

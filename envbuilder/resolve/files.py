@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 from packaging.tags import Tag, create_compatible_tags_selector
@@ -12,10 +13,12 @@ from packaging.version import Version
 
 from envbuilder.errors import InputError
 from envbuilder.index import DEFAULT_INDEX, Index, IndexFile
-from envbuilder.lock import Group, LockedFile, LockEntry
+from envbuilder.licenses import license_of
+from envbuilder.lock import Group, LockedFile, LockedPatch
+from envbuilder.lock_text import LockEntry
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.resolve.groups import Resolution
+from envbuilder.resolve.kept import Resolution
 from envbuilder.resolve.sources import Source
 from envbuilder.target import Target, python_versions, target_for
 
@@ -29,34 +32,33 @@ def choose_files(
     *,
     indexes: Mapping[str, Index],
     reporter: Reporter,
+    patches: Mapping[str, tuple[LockedPatch, ...]] | None = None,
 ) -> tuple[LockEntry, ...]:
     """The packages of `resolution` with their files: a source package's sdist, else wheels.
 
-    InputError where a package has no wheel for a Python that needs it.
+    `patches`: package → those that are applied to its source. InputError where a package has no wheel for a
+    Python that needs it.
     """
     needs = _needs(resolution)
-    names = sorted({name for name, _ in needs if name not in sources})
     reporter.stage(f"choosing the files of {len(needs)} packages")
     targets = {python: target_for(recipe.target, python) for python in python_versions(recipe.target)}
 
-    def index_of(name: str) -> Index:
-        return indexes[recipe.index.get(name, DEFAULT_INDEX)]
-
     def entry(key: tuple[str, str]) -> LockEntry:
-        name, version = key
-        index = index_of(name)
+        name = key[0]
         if name in sources:
-            files, table = [sources[name].file], _source_table(recipe, name, sources[name])
-        else:
-            pythons = sorted(set().union(*needs[key].values()), key=Version)
-            files, table = _wheels(recipe, index, name, version, [targets[python] for python in pythons]), {}
-        locked = tuple(_locked(index, name, version, file) for file in files)
-        return LockEntry(name, version, needs[key], locked, {"index": index.name, **table})
+            return _source_entry(recipe, key, needs[key], sources[name], (patches or {}).get(name, ()))
+        pythons = sorted(set().union(*needs[key].values()), key=Version)
+        index = indexes[recipe.index.get(name, DEFAULT_INDEX)]
+        return _wheel_entry(recipe, key, needs[key], index, [targets[python] for python in pythons])
 
+    entries = []
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        for done, _ in enumerate(pool.map(lambda name: index_of(name).files(name), names), start=1):
-            reporter.progress("index", done, len(names), "files")
-        return tuple(pool.map(entry, sorted(needs)))
+        for done, found in enumerate(pool.map(entry, sorted(needs)), start=1):
+            entries.append(found)
+            reporter.progress("index", done, len(needs), "files")
+    if nameless := [found.name for found in entries if "license" not in found.table]:
+        reporter.note(f"No licence is named by the metadata of {', '.join(nameless)}.")
+    return tuple(entries)
 
 
 def _needs(resolution: Resolution) -> dict[tuple[str, str], dict[Group, frozenset[str]]]:
@@ -70,6 +72,19 @@ def _needs(resolution: Resolution) -> dict[tuple[str, str], dict[Group, frozense
     return needs
 
 
+def _wheel_entry(
+    recipe: Recipe,
+    key: tuple[str, str],
+    needed: Mapping[Group, frozenset[str]],
+    index: Index,
+    targets: list[Target],
+) -> LockEntry:
+    wheels = _wheels(recipe, index, *key, targets)
+    license_ = license_of(index, wheels[0])
+    table = {"index": index.name} | ({"license": license_} if license_ else {})
+    return LockEntry(*key, needed, tuple(_locked(key, wheel, index.name) for wheel in wheels), table)
+
+
 def _wheels(recipe: Recipe, index: Index, name: str, version: str, targets: list[Target]) -> list[IndexFile]:
     """The wheels that installers on `targets` would choose, in the order of their names."""
     candidates = [(file, tags) for file in index.files(name) if (tags := _tags_of(file, version)) is not None]
@@ -77,12 +92,15 @@ def _wheels(recipe: Recipe, index: Index, name: str, version: str, targets: list
     for target in targets:
         best = next(create_compatible_tags_selector(target.tags)(candidates), None)
         if best is None:
+            offered = " ".join(sorted({str(tag) for _, tags in candidates for tag in tags}))
             raise InputError(
-                f"{name} {version} has no wheel for Python {target.python} on the target of {recipe.name}.",
+                f"{name} {version} has no wheel for Python {target.python} on the target of {recipe.name}: "
+                f"the target takes {target.tags[0]} and older, the wheels are {offered or 'none'}.",
                 remedy=f"Require another version in recipes/{recipe.name}.toml, or add [build.{name}].",
                 context={
                     "package": f"{name} {version}",
-                    "tags": f"{target.tags[0]} and older",
+                    "index": index.name,
+                    "target": f"{target.tags[0]} and older",
                     "wheels": ", ".join(file.filename for file, _ in candidates) or "none",
                 },
             )
@@ -99,26 +117,30 @@ def _tags_of(file: IndexFile, version: str) -> frozenset[Tag] | None:
     return tags if found == Version(version) else None
 
 
-def _source_table(recipe: Recipe, name: str, source: Source) -> dict[str, Any]:
-    """What [packages.tool.envbuilder] says of a source package, beside its index."""
-    return {
-        "metadata-source": source.metadata.source,
-        "requires": list(source.metadata.requires),
-        "build-requires": list(
-            dict.fromkeys([*source.metadata.build_requires, *recipe.build[name].build_requires])
-        ),
+def _source_entry(
+    recipe: Recipe,
+    key: tuple[str, str],
+    needed: Mapping[Group, frozenset[str]],
+    source: Source,
+    patches: tuple[LockedPatch, ...],
+) -> LockEntry:
+    metadata = source.metadata
+    origin: dict[str, Any] = {"index": source.file.index}
+    if source.tree is not None:
+        origin = {"git": {"commit": source.tree.commit, "submodules": dict(source.tree.submodules)}}
+    optional = {"license": metadata.license, "patches": [asdict(patch) for patch in patches]}
+    build_requires = [*metadata.build_requires, *recipe.build[key[0]].build_requires]
+    table = {
+        **origin,
+        "metadata-source": metadata.source,
+        "requires": list(metadata.requires),
+        "build-requires": list(dict.fromkeys(build_requires)),
+        **{option: value for option, value in optional.items() if value},
     }
+    return LockEntry(*key, needed, (source.file,), table)
 
 
-def _locked(index: Index, name: str, version: str, file: IndexFile) -> LockedFile:
-    assert file.sha256 is not None  # `Index.complete` has seen to both
-    assert file.size is not None
-    return LockedFile(
-        package=name,
-        version=version,
-        filename=file.filename,
-        size=file.size,
-        sha256=file.sha256,
-        index=index.name,
-        is_sdist=file.filename.endswith(".tar.gz"),
-    )
+def _locked(key: tuple[str, str], wheel: IndexFile, index: str) -> LockedFile:
+    assert wheel.sha256 is not None  # `Index.complete` has seen to both
+    assert wheel.size is not None
+    return LockedFile(*key, wheel.filename, wheel.size, wheel.sha256, index, is_sdist=False)

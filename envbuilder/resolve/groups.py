@@ -7,27 +7,30 @@ version of a package serves all groups.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from envbuilder.errors import InputError
+from envbuilder.errors import EnvbuilderError, InputError
 from envbuilder.index import DEFAULT_INDEX, Index, IndexFile
 from envbuilder.lock import GROUPS, Group
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 from envbuilder.requirements import tool_requires, trainer_requires
-from envbuilder.resolve.protocol import KnownPackage, Request, Resolver, Versions
+from envbuilder.resolve.combined_index import CombinedIndex, open_combined_index
+from envbuilder.resolve.kept import Resolution
+from envbuilder.resolve.protocol import Request, Resolver, Versions
 from envbuilder.resolve.sources import Source
+from envbuilder.stubs import KnownPackage
 from envbuilder.target import python_versions, target_for
 
 # What torch's extension builder and every setup.py use without saying so.
 _BUILD_TOOLS = ("ninja", "setuptools", "wheel")
-
-Resolution = Mapping[Group, Mapping[str, Versions]]
-"""Group → Python → the version of each package that the lock holds."""
 
 
 def resolve_groups(
@@ -38,115 +41,121 @@ def resolve_groups(
     indexes: Mapping[str, Index],
     cache: Path,
     reporter: Reporter,
+    kept: Resolution | None = None,
 ) -> Resolution:
     """All that the lock of `recipe` holds: without what the machine provides, and what is excluded.
 
-    InputError where there is no solution, or the recipe contradicts itself.
+    A version in `kept` (`kept_versions` of the old lock) stays where it still fits. InputError where there is
+    no solution, or the recipe contradicts itself.
     """
-    groups = _Groups(recipe, sources, resolver, indexes, cache, reporter)
-    groups.check_requirements()
-    resolution: dict[Group, dict[str, Versions]] = {group: {} for group in GROUPS}
-    for python in python_versions(recipe.target):
-        found: Versions = {}
-        for group in GROUPS:
-            resolution[group][python] = groups.resolve(group, python, found)
-            found = {**found, **resolution[group][python]}
-    groups.check_result(resolution)
+    wanted = _wanted(recipe, sources, indexes)
+    with _asked(recipe, indexes, cache) as index:
+        groups = _GroupResolver(recipe, wanted, resolver, indexes, index, kept or {}, reporter)
+        resolution = groups.resolution()
+        _check_result(recipe, sources, resolution)
+        for name in sorted(groups.vain_exclusions()):
+            reporter.warn(f"[[exclude]] names {name}, which nothing in {recipe.name} requires.")
     return resolution
 
 
-class _Groups:
-    """The requirements of a recipe's groups, and whom to ask about them."""
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is resolved."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        sources: Mapping[str, Source],
-        resolver: Resolver,
-        indexes: Mapping[str, Index],
-        cache: Path,
-        reporter: Reporter,
-    ) -> None:
-        self.recipe = recipe
-        self.sources = sources
-        self.resolver = resolver
-        self.indexes = indexes
-        self.cache = cache
-        self.reporter = reporter
-        self.requirements: dict[Group, tuple[str, ...]] = {
-            "runtime": (*recipe.requirements, *(trainer_requires() if recipe.trainer else ())),
-            "build": tuple(_build_requirements(recipe, sources)),
-            "tool": tool_requires(),
-        }
-        self.known_sources = tuple(
-            KnownPackage(name, (source.metadata.version,), source.metadata.requires)
-            for name, source in sources.items()
-        )
-        self.provided = tuple(self._provided())
+    requirements: Mapping[Group, tuple[str, ...]]
+    sources: tuple[KnownPackage, ...]
+    provided: tuple[KnownPackage, ...]
+    """The machine's packages, without requirements: the machine has those too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Where a resolver looks."""
+
+    url: str
+    cache: Path
+    combined: CombinedIndex | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupResolver:
+    """Asks the resolver, group by group."""
+
+    recipe: Recipe
+    wanted: _Wanted
+    resolver: Resolver
+    indexes: Mapping[str, Index]
+    asked: _Asked
+    kept: Resolution
+    reporter: Reporter
+
+    def resolution(self) -> Resolution:
+        resolution: dict[Group, dict[str, Versions]] = {group: {} for group in GROUPS}
+        for python in python_versions(self.recipe.target):
+            found: Versions = {}
+            for group in GROUPS:
+                resolution[group][python] = self.resolve(group, python, found)
+                found = {**found, **resolution[group][python]}
+        return resolution
 
     def resolve(
         self, group: Group, python: str, found: Versions, excluded: frozenset[str] | None = None
     ) -> Versions:
         """The versions that `group` needs on `python`, given those `found` for the groups before it."""
-        if not self.requirements[group]:
+        if not self.wanted.requirements[group]:
             return {}
         self.reporter.stage(f"resolving {group} for Python {python} with {self.resolver.name}")
         # The tool runs on its own: without the machine's packages, and with all that it requires.
-        provided = self.provided if group != "tool" else ()
+        provided = self.wanted.provided if group != "tool" else ()
         if excluded is None:
             excluded = self.recipe.excluded_names if group != "tool" else frozenset()
-        versions = self.resolver.resolve(
-            Request(
-                what=f"the {group} requirements of {self.recipe.name}",
-                remedy=f"Change the requirements that it names in recipes/{self.recipe.name}.toml.",
-                requirements=self.requirements[group],
-                constraints=(
-                    *(f"{name}=={version}" for name, version in sorted(found.items())),
-                    *(self._provided_constraints() if provided else ()),
-                ),
-                known=(*(_without(package, excluded) for package in self.known_sources), *provided),
-                excluded=excluded,
-                target=target_for(self.recipe.target, python),
-                glibc=self.recipe.target.glibc,
-                indexes={name: index.url for name, index in self.indexes.items()},
-                bindings=self.recipe.index,
-                cache=self.cache,
-            )
+        known = (*(_without(package, excluded) for package in self.wanted.sources), *provided)
+        kept = self.kept.get(group, {}).get(python, {})
+        request = Request(
+            what=f"the {group} requirements of {self.recipe.name}",
+            remedy=f"Change the requirements that it names in recipes/{self.recipe.name}.toml.",
+            requirements=self.wanted.requirements[group],
+            constraints=(
+                *(f"{name}=={version}" for name, version in sorted(found.items())),
+                *(_provided_requirements(self.recipe) if provided else ()),
+            ),
+            known=known,
+            excluded=excluded,
+            target=target_for(self.recipe.target, python),
+            glibc=self.recipe.target.glibc,
+            index_url=self.asked.url,
+            preferences={
+                name: found.get(name, version)
+                for name, version in kept.items()
+                if name not in {package.name for package in known}
+            },
+            cache=self.asked.cache,
         )
+        versions = self.ask(request)
         left_out = {package.name for package in provided}
         return {name: version for name, version in sorted(versions.items()) if name not in left_out}
 
-    def check_requirements(self) -> None:
-        """InputError where the recipe excludes, or binds to an index, what it can't."""
-        file = f"recipes/{self.recipe.name}.toml"
-        direct = {_name(text) for text in (*self.requirements["runtime"], *self.requirements["build"])}
-        if both := sorted(direct & self.recipe.excluded_names):
+    def ask(self, request: Request) -> Versions:
+        try:
+            return self.resolver.resolve(request)
+        except EnvbuilderError as error:
+            if self.asked.combined and self.asked.combined.failure:
+                raise self.asked.combined.failure from error
+            name = error.context.get("package")
+            if name is None or not self.has_sdists_only(name):
+                raise
             raise InputError(
-                f"The recipe {self.recipe.name} both requires and excludes {', '.join(both)}.",
-                remedy=f"Delete it from requirements or from [[exclude]] in {file}.",
-                context={"packages": ", ".join(both)},
-            )
-        if indirect := sorted(set(self.recipe.index) - direct):
-            raise InputError(
-                f"[index] names {', '.join(indirect)}, which {self.recipe.name} doesn't require itself.",
-                remedy=f"Add it to requirements in {file}, or delete it from [index].",
-                context={"packages": ", ".join(indirect)},
-            )
+                f"{name} has only sdists in its index, and {request.what} need it.",
+                remedy=f"Add [build.{name}] to recipes/{self.recipe.name}.toml, so that it is compiled.",
+                context=error.context,
+            ) from error
 
-    def check_result(self, resolution: Resolution) -> None:
-        """InputError for a [build] table that serves nothing; a warning for such an exclusion."""
-        for name in self.sources:
-            if not any(name in versions for pythons in resolution.values() for versions in pythons.values()):
-                raise InputError(
-                    f"Nothing in {self.recipe.name} requires {name}, so [build.{name}] is in vain.",
-                    remedy=f"Require {name} in recipes/{self.recipe.name}.toml, or delete [build.{name}].",
-                    context={"package": name},
-                )
-        for name in sorted(self._vain_exclusions()):
-            self.reporter.warn(f"[[exclude]] names {name}, which nothing in {self.recipe.name} requires.")
+    def has_sdists_only(self, name: str) -> bool:
+        files = _index_of(self.recipe, self.indexes, name).offers(name)
+        return bool(files) and not any(file.filename.endswith(".whl") for file in files)
 
-    def _vain_exclusions(self) -> set[str]:
-        required = {_name(text) for package in self.known_sources for text in package.requires}
+    def vain_exclusions(self) -> set[str]:
+        required = {_name(text) for package in self.wanted.sources for text in package.requires}
         unseen = self.recipe.excluded_names - required
         if not unseen:
             return set()
@@ -157,25 +166,78 @@ class _Groups:
             return set()  # without the exclusions there is no solution: they are not in vain
         return set(unseen - set(versions))
 
-    def _provided(self) -> Iterator[KnownPackage]:
-        """The machine's packages, without requirements: the machine has those too."""
-        for text in self.recipe.provided.packages if self.recipe.provided else ():
-            requirement = Requirement(text)
-            name = canonicalize_name(requirement.name)
-            versions = tuple(
-                s.version for s in requirement.specifier if s.operator == "==" and "*" not in str(s)
-            )
-            if not versions:
-                # Any that the machine may have: which it is, `compile` and `install` look.
-                index = self.indexes[self.recipe.index.get(name, DEFAULT_INDEX)]
-                released = {version for file in index.files(name) if (version := _wheel_version(file))}
-                versions = tuple(map(str, sorted(requirement.specifier.filter(released))))
-            yield KnownPackage(name, versions, ())
 
-    def _provided_constraints(self) -> Iterator[str]:
-        for text in self.recipe.provided.packages if self.recipe.provided else ():
-            requirement = Requirement(text)
-            yield f"{requirement.name}{requirement.specifier}"
+@contextmanager
+def _asked(recipe: Recipe, indexes: Mapping[str, Index], cache: Path) -> Iterator[_Asked]:
+    """The default index; where the recipe binds packages to others, one index of them all."""
+    if not recipe.index:
+        yield _Asked(indexes[DEFAULT_INDEX].url, cache)
+        return
+    # Its URL is another one each time, and a resolver's cache is by URL: it would only grow.
+    with (
+        TemporaryDirectory(prefix="envbuilder-cache-") as folder,
+        open_combined_index(indexes, recipe.index) as combined,
+    ):
+        yield _Asked(combined.url, Path(folder), combined)
+
+
+def _wanted(recipe: Recipe, sources: Mapping[str, Source], indexes: Mapping[str, Index]) -> _Wanted:
+    requirements: dict[Group, tuple[str, ...]] = {
+        "runtime": (*recipe.requirements, *(trainer_requires() if recipe.trainer else ())),
+        "build": tuple(_build_requirements(recipe, sources)),
+        "tool": tool_requires(),
+    }
+    direct = {_name(text) for text in (*requirements["runtime"], *requirements["build"])}
+    if both := sorted(direct & recipe.excluded_names):
+        raise InputError(
+            f"The recipe {recipe.name} both requires and excludes {', '.join(both)}.",
+            remedy=f"Delete it from requirements or from [[exclude]] in recipes/{recipe.name}.toml.",
+            context={"packages": ", ".join(both)},
+        )
+    known = tuple(
+        KnownPackage(name, (source.metadata.version,), source.metadata.requires)
+        for name, source in sources.items()
+    )
+    return _Wanted(requirements, known, tuple(_provided(recipe, indexes)))
+
+
+def _check_result(recipe: Recipe, sources: Mapping[str, Source], resolution: Resolution) -> None:
+    """InputError for a [build] table, or an entry of [index], that serves nothing."""
+    needed = {name for pythons in resolution.values() for versions in pythons.values() for name in versions}
+    file = f"recipes/{recipe.name}.toml"
+    for name in sources:
+        if name not in needed:
+            raise InputError(
+                f"Nothing in {recipe.name} requires {name}, so [build.{name}] is in vain.",
+                remedy=f"Require {name} in {file}, or delete [build.{name}].",
+                context={"package": name},
+            )
+    # A binding in vain may be one that was meant for another package, which then came from elsewhere.
+    if vain := sorted(set(recipe.index) - needed - recipe.provided_names):
+        raise InputError(
+            f"[index] names {', '.join(vain)}, which nothing in {recipe.name} requires.",
+            remedy=f"Write its right name, or delete it from [index] in {file}.",
+            context={"packages": ", ".join(vain)},
+        )
+
+
+def _provided(recipe: Recipe, indexes: Mapping[str, Index]) -> Iterator[KnownPackage]:
+    for text in _provided_requirements(recipe):
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        versions = tuple(s.version for s in requirement.specifier if s.operator == "==" and "*" not in str(s))
+        if not versions:
+            # Any that the machine may have: which it is, `compile` and `install` look.
+            files = _index_of(recipe, indexes, name).files(name)
+            released = {version for file in files if (version := _wheel_version(file))}
+            versions = tuple(map(str, sorted(requirement.specifier.filter(released))))
+        yield KnownPackage(name, versions, ())
+
+
+def _provided_requirements(recipe: Recipe) -> Iterator[str]:
+    for text in recipe.provided.packages if recipe.provided else ():
+        requirement = Requirement(text)
+        yield f"{requirement.name}{requirement.specifier}"
 
 
 def _build_requirements(recipe: Recipe, sources: Mapping[str, Source]) -> Iterable[str]:
@@ -186,6 +248,10 @@ def _build_requirements(recipe: Recipe, sources: Mapping[str, Source]) -> Iterab
         yield from recipe.build[name].build_requires
     if sources:
         yield from _BUILD_TOOLS
+
+
+def _index_of(recipe: Recipe, indexes: Mapping[str, Index], name: str) -> Index:
+    return indexes[recipe.index.get(name, DEFAULT_INDEX)]
 
 
 def _without(package: KnownPackage, excluded: frozenset[str]) -> KnownPackage:

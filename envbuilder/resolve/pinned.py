@@ -1,4 +1,7 @@
-"""Reading what uv and pip-compile have in common: a requirements file of pinned versions."""
+"""What uv and pip-compile have in common: a requirements file of pinned versions.
+
+Both write one, and keep the pins that they find in it where those still fit.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,8 @@ def read_pins(path: Path) -> Versions:
             (pin,) = requirement.specifier
             versions[canonicalize_name(requirement.name)] = pin.version
     return versions
+
+
+def write_pins(path: Path, versions: Versions) -> None:
+    """A requirements file of `name==version` lines."""
+    path.write_text("".join(f"{name}=={version}\n" for name, version in sorted(versions.items())))

@@ -15,12 +15,13 @@ from envbuilder.errors import InputError, NetworkError
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
 from envbuilder.resolve import pip_compile_for_target
-from envbuilder.resolve.pinned import read_pins
+from envbuilder.resolve.pinned import read_pins, write_pins
 from envbuilder.resolve.protocol import Request, Versions
-from envbuilder.resolve.stubs import write_stubs
+from envbuilder.stubs import write_stubs
 
 # pip takes an index that it gave up on for one that has nothing, but warns before.
 _UNREACHABLE = re.compile(r"Retry\(total=0|Max retries exceeded|HTTPError")
+_WHEELLESS = re.compile(r"Could not find a version that satisfies the requirement ([\w.-]+)")
 
 
 class PipToolsResolver:
@@ -37,6 +38,7 @@ class PipToolsResolver:
             (folder / "constraints.txt").write_text("\n".join(request.constraints) + "\n", encoding="utf-8")
             (folder / "markers.json").write_text(json.dumps(request.target.environment), encoding="utf-8")
             pins = folder / "pins.txt"
+            write_pins(pins, request.preferences)
             completed = run(
                 [
                     *(sys.executable, pip_compile_for_target.__file__, folder / "markers.json"),
@@ -49,7 +51,7 @@ class PipToolsResolver:
                     *("--output-file", pins),
                     folder / "requirements.in",
                 ],
-                env=network_environment() | {"PIP_INDEX_URL": request.indexes["default"]},
+                env=network_environment() | {"PIP_INDEX_URL": request.index_url},
                 cwd=folder,
             )
             if completed.returncode != 0:
@@ -65,12 +67,6 @@ class PipToolsResolver:
 
 
 def _refuse_what_pip_cannot(request: Request) -> None:
-    if request.bindings:
-        raise InputError(
-            "pip-tools can't bind a package to one index, as [index] in the recipe asks.",
-            remedy="Run the command with --resolver uv.",
-            context={"packages": ", ".join(sorted(request.bindings))},
-        )
     for text in request.requirements:
         if canonicalize_name(Requirement(text).name) in request.excluded:
             raise InputError(
@@ -104,5 +100,6 @@ def _failure(request: Request, output: str) -> InputError | NetworkError:
     return InputError(
         f"No versions fit {request.what} for Python {request.target.python}.",
         remedy=request.remedy,
-        context={"python": request.target.python, "pip-compile": explanation},
+        context={"python": request.target.python, "pip-compile": explanation}
+        | ({"package": canonicalize_name(found[1])} if (found := _WHEELLESS.search(explanation)) else {}),
     )

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
 from envbuilder.errors import InputError, NetworkError
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
-from envbuilder.resolve.pinned import read_pins
+from envbuilder.resolve.pinned import read_pins, write_pins
 from envbuilder.resolve.protocol import Request, Versions
-from envbuilder.resolve.stubs import write_stubs
+from envbuilder.stubs import write_stubs
 
 # The glibc versions that uv knows as --python-platform.
 _GLIBC_MINORS = (17, 28, *range(31, 41))
 _UNREACHABLE = re.compile(r"Failed to fetch|error sending request|Request failed|HTTP status", re.IGNORECASE)
+
+_WHEELLESS = re.compile(r"Wheels are required for `([\w.-]+)`")
 
 
 class UvResolver:
@@ -35,10 +36,11 @@ class UvResolver:
         with tempfile.TemporaryDirectory(prefix="envbuilder-uv-") as temporary:
             folder = Path(temporary)
             write_stubs(folder / "stubs", request.known, request.target)
-            (folder / "pyproject.toml").write_text(tomli_w.dumps(_project(request)), encoding="utf-8")
+            (folder / "requirements.in").write_text("\n".join(request.requirements) + "\n", encoding="utf-8")
             (folder / "uv.toml").write_text(tomli_w.dumps(_settings(request)), encoding="utf-8")
             (folder / "constraints.txt").write_text("\n".join(request.constraints) + "\n", encoding="utf-8")
             pins = folder / "pins.txt"
+            write_pins(pins, request.preferences)
             completed = run(
                 [
                     *(find_uv_bin(), "pip", "compile"),
@@ -54,31 +56,15 @@ class UvResolver:
                     *("--cache-dir", request.cache / "uv"),
                     *("--no-header", "--no-annotate", "--no-progress", "--color", "never"),
                     *("--output-file", pins),
-                    folder / "pyproject.toml",
+                    folder / "requirements.in",
                 ],
                 # In the environment, where other users of the machine don't see its credentials.
-                env=network_environment() | {"UV_DEFAULT_INDEX": request.indexes["default"]},
+                env=network_environment() | {"UV_DEFAULT_INDEX": request.index_url},
                 cwd=folder,
             )
             if completed.returncode != 0:
                 raise _failure(request, completed.output)
             return read_pins(pins)
-
-
-def _project(request: Request) -> dict[str, Any]:
-    """A project with the requirements; only a project can bind a package to one index."""
-    direct = {canonicalize_name(Requirement(text).name) for text in request.requirements}
-    # What the resolver is shown as a stub comes from no index.
-    direct -= {package.name for package in request.known}
-    bound = {name: {"index": index} for name, index in request.bindings.items() if name in direct}
-    indexes = [
-        {"name": name, "url": request.indexes[name], "explicit": True}
-        for name in sorted({binding["index"] for binding in bound.values()})
-    ]
-    return {
-        "project": {"name": "envbuilder-recipe", "version": "0", "dependencies": list(request.requirements)},
-        "tool": {"uv": {"sources": bound, "index": indexes}},
-    }
 
 
 def _settings(request: Request) -> Mapping[str, Any]:
@@ -117,5 +103,6 @@ def _failure(request: Request, output: str) -> InputError | NetworkError:
     return InputError(
         f"No versions fit {request.what} for Python {request.target.python}.",
         remedy=request.remedy,
-        context={"python": request.target.python, "uv": explanation},
+        context={"python": request.target.python, "uv": explanation}
+        | ({"package": canonicalize_name(found[1])} if (found := _WHEELLESS.search(said)) else {}),
     )

@@ -42,10 +42,22 @@ def submit_compile(
 
     The compute node runs this very interpreter and envbuilder, so both must lie where it can see them.
     """
+    words = ("compile", str(recipe_path.absolute()), "--local", *flags)
+    return _submit_self(site_name, f"compile-{recipe_name}", words, root=root)
+
+
+def submit_probe(site_name: str, output: Path, root: Root, flags: Sequence[str]) -> Submitted:
+    """Submits `envbuilder probe --output OUTPUT` with `flags`, under the site's [build] section.
+
+    `output` must lie where the compute node can write it.
+    """
+    return _submit_self(site_name, "probe", ("probe", "--output", str(output.absolute()), *flags), root=root)
+
+
+def _submit_self(site_name: str, name: str, words: Sequence[str], *, root: Root) -> Submitted:
     site = load_site(site_name)
     tool = (sys.executable, "-m", "envbuilder", "--root", str(root.path))
-    command = (*tool, "compile", str(recipe_path.absolute()), "--local", *flags)
-    return submit(site, site.build, f"compile-{recipe_name}", command, root=root)
+    return submit(site, site.build, name, (*tool, *words), root=root)
 
 
 def submit(site: Site, spec: JobSpec, name: str, command: Sequence[str], *, root: Root) -> Submitted:
@@ -74,7 +86,7 @@ def _sbatch(script: Path, spec: JobSpec) -> str:
     if sbatch is None:
         raise MismatchError(
             "There is no sbatch on this machine, so it is no login node of a Slurm cluster.",
-            remedy="Run this on a login node, or the command itself with --local on a compute node.",
+            remedy="Run this on a login node, or the command without --sbatch on a compute node.",
             context={"PATH": os.environ.get("PATH", "")},
         )
     completed = run((sbatch, "--parsable", script), env=_job_environment(os.environ, Path(sbatch).parent))

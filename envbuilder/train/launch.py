@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from envbuilder.errors import MismatchError
-from envbuilder.process import run as run_program
+from envbuilder.gpu import list_gpus
 
 # They would bring other code, another place in another job, or a stranger's network name into the run.
 _DROPPED = re.compile(
@@ -26,11 +25,7 @@ def visible_gpus(environ: Mapping[str, str]) -> int:
         return next(ends, len(entries))
     if environ.get("SLURM_GPUS_ON_NODE", "").isdigit():
         return int(environ["SLURM_GPUS_ON_NODE"])
-    try:
-        listed = run_program(("nvidia-smi", "-L"))
-    except MismatchError:
-        return 0
-    return len(re.findall(r"^GPU \d+:", listed.output, re.MULTILINE)) if listed.returncode == 0 else 0
+    return len(list_gpus().devices)
 
 
 def command_line(

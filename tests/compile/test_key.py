@@ -11,6 +11,7 @@ INPUTS = BuildInputs(
     package="causal-conv1d",
     version="1.7.0",
     sdist_sha256="a" * 64,
+    patches=(),
     python="3.12",
     torch="2.11.0",
     compute_capabilities=("9.0",),
@@ -32,6 +33,7 @@ def test_the_key_is_readable_and_the_build_tag_is_one_that_wheels_may_have() -> 
     "changes",
     [
         {"sdist_sha256": "c" * 64},
+        {"patches": ("d" * 64,)},
         {"python": "3.13"},
         {"compute_capabilities": ("9.0", "10.0")},
         {"host_compiler": "g++ 13"},

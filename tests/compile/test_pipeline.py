@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from envbuilder.compile import CompileReport, compile_recipe
 from envbuilder.errors import BuildError, InputError, IntegrityError, MismatchError
+from envbuilder.lock import parse_lock
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
@@ -42,6 +48,38 @@ def bundle_of(folder: Path, recipe: Recipe, **files: str) -> Bundle:
     sdist = make_sdist(folder / "made", "plain", "1.0", files=members | added)
     helper = make_wheel(folder / "made", "build-helper", "1.0")
     return make_bundle(Root(folder / "root"), recipe, {sdist: ["runtime"], helper: ["build"]}, python=PYTHON)
+
+
+def patched(folder: Path, bundle: Bundle, patches: Mapping[str, bytes]) -> Bundle:
+    """`bundle` with `patches` of plain, in its lock and on the disk."""
+    tables = [
+        {"path": path, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for path, content in patches.items()
+    ]
+    for path, content in patches.items():
+        (bundle.path / path).parent.mkdir(parents=True, exist_ok=True)
+        (bundle.path / path).write_bytes(content)
+    lock = tomllib.loads(bundle.lock.text)
+    for package in lock["packages"]:
+        if package["name"] == "plain":
+            package["tool"]["envbuilder"]["patches"] = tables
+    return bundle.model_copy(update={"lock": parse_lock("lab", tomli_w.dumps(lock))})
+
+
+def replacing(old: str, new: str) -> bytes:
+    """A patch after which the build adds the line `new` to the wheel's plain.py, where it added `old`."""
+    text = (SOURCE / "backend.py").read_text(encoding="utf-8")
+    before, after = (text.replace("{version!r}\\n", f"{{version!r}}\\n{line}") for line in (old, new))
+    assert before != after
+    lines = difflib.unified_diff(
+        before.splitlines(keepends=True), after.splitlines(keepends=True), "a/backend.py", "b/backend.py"
+    )
+    return "".join(lines).encode()
+
+
+def module_in(report: CompileReport) -> str:
+    with zipfile.ZipFile(report.wheels[0].path) as wheel:
+        return wheel.read("plain.py").decode()
 
 
 def build(
@@ -106,6 +144,71 @@ def test_a_second_compile_takes_what_is_there_and_rebuild_does_not(tmp_path: Pat
     second = build(tmp_path, recipe, bundle)
     assert (second.wheels, second.reused) == (first.wheels, ("plain",))
     assert build(tmp_path, recipe, bundle, rebuild=True).reused == ()
+
+
+def test_patches_are_built_in_and_are_part_of_the_key_and_the_receipt(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    plain = build(tmp_path, recipe, bundle)
+    patches = {"patches/b.patch": replacing("", "one"), "patches/a.patch": replacing("one", "two")}
+    bundle = patched(tmp_path, bundle, patches)
+    report = build(tmp_path, recipe, bundle)
+    assert report.reused == ()
+    assert module_in(plain) == "__version__ = '1.0'\n"
+    assert module_in(report) == "__version__ = '1.0'\ntwo"
+    receipt = report.wheels[0].receipt
+    assert receipt.patches == {path: hashlib.sha256(content).hexdigest() for path, content in patches.items()}
+    assert list(receipt.patches) == ["patches/b.patch", "patches/a.patch"]
+    assert receipt.key != plain.wheels[0].receipt.key
+    assert build(tmp_path, recipe, bundle).reused == ("plain",)
+
+
+def test_a_patch_that_does_not_fit_stops_the_build(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = patched(tmp_path, bundle_of(tmp_path, recipe), {"patches/a.patch": replacing("other", "one")})
+    with pytest.raises(BuildError, match=r"patches/a\.patch can't be applied: backend\.py"):
+        build(tmp_path, recipe, bundle)
+    assert left_over(tmp_path) == []
+
+
+def test_where_there_are_patches_and_no_git_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of()
+    bundle = patched(tmp_path, bundle_of(tmp_path, recipe), {"patches/a.patch": replacing("", "one")})
+    (tmp_path / "bin").mkdir()
+    for name in ("g++", "c++"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(MismatchError, match="git is not on this machine"):
+        build(tmp_path, recipe, bundle)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["other bytes", "gone"])
+def test_a_patch_that_is_not_the_locks_is_not_applied(tmp_path: Path, change: str) -> None:
+    recipe = recipe_of()
+    bundle = patched(tmp_path, bundle_of(tmp_path, recipe), {"patches/a.patch": replacing("", "one")})
+    place = bundle.path / "patches/a.patch"
+    place.unlink()
+    if change == "other bytes":
+        place.write_bytes(replacing("", "two"))
+    error = IntegrityError if change == "other bytes" else MismatchError
+    with pytest.raises(error) as caught:
+        build(tmp_path, recipe, bundle)
+    assert caught.value.context["file"] == str(place)
+    assert caught.value.remedy.startswith("envbuilder fetch recipes/lab.toml")
+    assert left_over(tmp_path) == []
+
+
+def test_the_locks_target_counts_not_the_recipes(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    bundle = bundle_of(tmp_path, recipe)
+    # A lock that was narrowed to a probed machine, and a recipe that says more: the lock is what was fetched.
+    elsewhere = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update={"python": "==3.99.*", "machine": "aarch64"})}
+    )
+    assert [built.receipt.package for built in build(tmp_path, elsewhere, bundle).wheels] == ["plain"]
 
 
 @pytest.mark.parametrize("damage", ["wheel", "receipt"])

@@ -38,8 +38,13 @@ hashes = {{ sha256 = "{sha}" }}
 index = "default"
 
 [tool.envbuilder]
-schema = 1
+schema = 2
 recipe-digest = "{digest}"
+
+[tool.envbuilder.target]
+python = ">=3.11,<3.14"
+machine = "x86_64"
+glibc = "2.28"
 """
 
 

@@ -18,7 +18,7 @@ import tomli_w
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 from envbuilder.errors import EnvbuilderError
-from envbuilder.fetch import FetchReport, fetch_bundle
+from envbuilder.fetch import FetchReport, Origins, fetch_bundle
 from envbuilder.index import Index
 from envbuilder.lock import SourceLock, parse_lock
 from envbuilder.paths import Root
@@ -39,8 +39,17 @@ def make_recipe(*, trainer: bool = False) -> Recipe:
     return Recipe(name=NAME, requirements=("anything",), trainer=trainer)
 
 
-def lock_of(files: Iterable[Path], groups: Mapping[str, str] | None = None) -> str:
-    """The text of a lock that names `files`; `groups`: package → its group, where it is not `runtime`."""
+def lock_of(
+    files: Iterable[Path],
+    groups: Mapping[str, str] | None = None,
+    *,
+    target: Mapping[str, str] | None = None,
+    models: Iterable[Mapping[str, Any]] = (),
+) -> str:
+    """The text of a lock that names `files`; `groups`: package → its group, where it is not `runtime`.
+
+    `target` and `models` are the tables of those names.
+    """
     packages: list[dict[str, Any]] = []
     for path in files:
         entry = {
@@ -72,7 +81,14 @@ def lock_of(files: Iterable[Path], groups: Mapping[str, str] | None = None) -> s
             "dependency-groups": ["runtime", "build", "tool"],
             "default-groups": ["runtime"],
             "packages": packages,
-            "tool": {"envbuilder": {"schema": 1, "recipe-digest": "0" * 64}},
+            "tool": {
+                "envbuilder": {
+                    "schema": 2,
+                    "recipe-digest": "0" * 64,
+                    "target": dict(target or {}),
+                    "models": [dict(model) for model in models],
+                }
+            },
         }
     )
 
@@ -92,6 +108,15 @@ class Fetcher:
         return parse_lock(NAME, self.lock_text)
 
     @property
+    def origins(self) -> Origins:
+        return Origins(
+            indexes={"default": Index("default", self.index_url, self.client)},
+            client=self.client,
+            hub=None,
+            recipe_folder=self.root.path / "inputs",
+        )
+
+    @property
     def files(self) -> Path:
         return self.root.bundle(NAME) / "files"
 
@@ -101,8 +126,7 @@ class Fetcher:
             self.lock,
             root=self.root,
             python=PYTHON,
-            indexes={"default": Index("default", self.index_url, self.client)},
-            client=self.client,
+            origins=self.origins,
             reporter=reporter or Quiet(),
             verify=verify,
         )

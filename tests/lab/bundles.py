@@ -11,7 +11,8 @@ from pathlib import Path
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 from envbuilder.bundle import RECORD, open_bundle
-from envbuilder.lock import Group, LockedFile, LockEntry, compose_lock, lock_filename
+from envbuilder.lock import Group, LockedFile, lock_filename
+from envbuilder.lock_text import LockEntry, compose_lock
 from envbuilder.model import Bundle, BundleRecord
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
@@ -68,6 +69,8 @@ def make_bundle(
         recipe=recipe.name,
         python=python,
         lock_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        recipe_sha256="0" * 64,
+        start_sha256="0" * 64,
         tool_version="0",
         tool_wheel="envbuilder-0-py3-none-any.whl",
         tool_sha256="0" * 64,

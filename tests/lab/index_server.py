@@ -9,6 +9,7 @@ import hashlib
 import html
 import json
 import re
+import ssl
 import sys
 import threading
 import zipfile
@@ -53,42 +54,53 @@ class Fault:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        # A client that was killed, or stopped reading, is what some tests are about.
-        if not isinstance(sys.exception(), ConnectionError):
+        # A client that was killed, stopped reading, or has no trust, is what some tests are about.
+        if not isinstance(sys.exception(), ConnectionError | ssl.SSLError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class IndexServer:
     """Serves the wheels and sdists lying in `folder`; a context manager.
 
-    faults: file or project name → faults for the coming requests of that file or page (pages know `status`,
-        `headers` and `body`), first to last; then it's served rightly.
+    faults: file or project name → faults for the coming requests of that file or page, first to last; then
+        it's served rightly. Pages, and metadata files, know `status`, `headers` and `body`.
     announced_sha256: file name → what index pages say in place of the true hash (None: they say none).
     announced_size: the same for sizes, JSON only.
     html_only: answer with PEP 503 pages whatever the client accepts.
     yanked: names of the files that the index pages call yanked (PEP 592).
+    core_metadata: whether pages tell, with its hash, of the METADATA that lies beside each wheel (PEP 658).
     requires_python: file name → a specifier for the index pages; otherwise from the wheel's metadata.
+    certificate: a PEM file with certificate and key: then it speaks https.
     requests: every request so far: its path and its headers, with lower-case names.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, certificate: Path | None = None) -> None:
         self.folder = folder
+        self._scheme = "http" if certificate is None else "https"
         self.faults: dict[str, list[Fault]] = {}
         self.announced_sha256: dict[str, str | None] = {}
         self.announced_size: dict[str, int | None] = {}
         self.html_only = False
+        self.core_metadata = True
         self.yanked: set[str] = set()
         self.requires_python: dict[str, str] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
+        if certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            # The handshake is for the thread of the connection: a client that breaks it off stops no other.
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         )
 
     @property
     def origin(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_port}"
 
     @property
     def url(self) -> str:
@@ -224,7 +236,7 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
             entry |= {"size": size} if size is not None else {}
             entry |= {"requires-python": python} if python else {}
             entry |= {"yanked": True} if path.name in index.yanked else {}
-            if metadata := wheel_metadata(path):
+            if index.core_metadata and (metadata := wheel_metadata(path)):
                 entry["core-metadata"] = {"sha256": hashlib.sha256(metadata).hexdigest()}
             return entry
 
@@ -237,11 +249,17 @@ def _handler(index: IndexServer) -> type[BaseHTTPRequestHandler]:
                 fragment = f"#sha256={sha256}" if sha256 else ""
                 attribute = f' data-requires-python="{html.escape(python)}"' if python else ""
                 attribute += " data-yanked" if path.name in index.yanked else ""
+                if index.core_metadata and (metadata := wheel_metadata(path)):
+                    attribute += f' data-core-metadata="sha256={hashlib.sha256(metadata).hexdigest()}"'
                 links.append(f'<a href="../../files/{path.name}{fragment}"{attribute}>{path.name}</a><br>\n')
             return links
 
         def metadata(self, wheel: Path) -> None:
             metadata = wheel_metadata(wheel) if wheel.exists() else None
+            if faults := index.faults.get(f"{wheel.name}.metadata"):
+                fault = faults.pop(0)
+                self.answer(fault.status or 200, fault.headers, fault.body or b"")
+                return
             self.answer(404 if metadata is None else 200, None, metadata or b"")
 
         def file(self, path: Path) -> None:

@@ -21,14 +21,18 @@ def make_wheel(
     requires: Sequence[str] = (),
     files: Mapping[str, str | bytes] | None = None,
     tag: str = "py3-none-any",
+    stated: Sequence[str] = (),
 ) -> Path:
-    """A wheel in `folder`; `files` are its members by path, by default one module that holds the version."""
+    """A wheel in `folder`; `files` are its members by path, by default one module that holds the version.
+
+    stated: further lines of METADATA, such as "License-Expression: MIT".
+    """
     module = name.replace("-", "_").replace(".", "_")
     info = f"{module}-{version}.dist-info"
     members = {path: _bytes(content) for path, content in (files or {}).items()} or {
         f"{module}.py": f"__version__ = {version!r}\n".encode()
     }
-    members[f"{info}/METADATA"] = _metadata("2.1", name, version, requires)
+    members[f"{info}/METADATA"] = _metadata("2.1", name, version, requires, stated=stated)
     purelib = "true" if tag.endswith("-any") else "false"
     members[f"{info}/WHEEL"] = (
         f"Wheel-Version: 1.0\nGenerator: lab\nRoot-Is-Purelib: {purelib}\nTag: {tag}\n".encode()
@@ -102,13 +106,20 @@ def make_sdist(
 
 
 def _metadata(
-    metadata_version: str, name: str, version: str, requires: Sequence[str], *, dynamic: bool = False
+    metadata_version: str,
+    name: str,
+    version: str,
+    requires: Sequence[str],
+    *,
+    dynamic: bool = False,
+    stated: Sequence[str] = (),
 ) -> bytes:
     lines = [f"Metadata-Version: {metadata_version}", f"Name: {name}", f"Version: {version}"]
     lines += ["Dynamic: Requires-Dist"] if dynamic else []
     extras = sorted({extra for text in requires for extra in re.findall(r"extra == '([^']+)'", text)})
     lines += [f"Provides-Extra: {extra}" for extra in extras]
     lines += [f"Requires-Dist: {text}" for text in requires]
+    lines += stated
     return ("\n".join(lines) + "\n").encode()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,6 @@ def resolver(request: pytest.FixtureRequest) -> Resolver:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[IndexServer]:
-    folder = tmp_path / "served"
-    folder.mkdir()
-    with IndexServer(folder) as server:
-        yield server
-
-
-@pytest.fixture
 def question(server: IndexServer, tmp_path: Path) -> Request:
     return Request(
         what="the runtime requirements of demo",
@@ -44,7 +35,7 @@ def question(server: IndexServer, tmp_path: Path) -> Request:
         excluded=frozenset(),
         target=target_for(TargetSpec(), "3.12"),
         glibc="2.28",
-        indexes={"default": server.url},
+        index_url=server.url,
         cache=tmp_path / "cache",
     )
 
@@ -165,7 +156,7 @@ def test_an_index_that_is_not_there_is_a_network_error(
 ) -> None:
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(NetworkError, match="An index failed"):
-        resolver.resolve(dataclasses.replace(question, indexes={"default": "http://127.0.0.1:9/simple"}))
+        resolver.resolve(dataclasses.replace(question, index_url="http://127.0.0.1:9/simple"))
 
 
 def test_the_machines_find_links_extra_indexes_and_pins_do_not_sway_it(
@@ -229,22 +220,34 @@ def test_pip_tools_says_that_it_cannot_exclude_what_a_wheel_requires(
     assert "--resolver uv" in caught.value.remedy
 
 
-def test_uv_takes_a_bound_package_from_its_index_alone(
-    server: IndexServer, question: Request, tmp_path: Path
+@pytest.mark.parametrize("requirement", ["app", "dep>=1"], ids=["deep", "direct"])
+def test_a_package_without_any_wheel_is_named(
+    resolver: Resolver, server: IndexServer, question: Request, requirement: str
 ) -> None:
-    make_wheel(server.folder, "app", "99.0")
-    make_wheel(server.folder, "dep", "1.0")
-    folder = tmp_path / "other"
-    folder.mkdir()
-    make_wheel(folder, "app", "1.0", requires=["dep"])
-    make_wheel(folder, "dep", "99.0")
-    with IndexServer(folder) as other:
-        bound = dataclasses.replace(
-            question, indexes={**question.indexes, "site": other.url}, bindings={"app": "site"}
-        )
-        assert resolver_named("uv").resolve(bound) == {"app": "1.0", "dep": "1.0"}
-        with pytest.raises(InputError, match="bind"):
-            resolver_named("pip-tools").resolve(bound)
+    make_wheel(server.folder, "app", "1.0", requires=["mid"])
+    make_wheel(server.folder, "mid", "1.0", requires=["dep"])
+    make_sdist(server.folder, "dep", "1.0")
+
+    with pytest.raises(InputError) as caught:
+        resolver.resolve(dataclasses.replace(question, requirements=(requirement,)))
+
+    assert caught.value.context["package"] == "dep"
+
+
+def test_preferred_versions_stay_where_they_fit_and_bring_nothing_in(
+    resolver: Resolver, server: IndexServer, question: Request
+) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["kept", "moved>=2", "gone"])
+    for name in ("kept", "moved", "gone", "free", "unneeded"):
+        for version in ("1.0", "2.0"):
+            make_wheel(server.folder, name, version)
+    preferences = {"kept": "1.0", "moved": "1.0", "gone": "0.5", "unneeded": "1.0"}
+
+    versions = resolver.resolve(
+        dataclasses.replace(question, requirements=("app", "free"), preferences=preferences)
+    )
+
+    assert versions == {"app": "1.0", "kept": "1.0", "moved": "2.0", "gone": "2.0", "free": "2.0"}
 
 
 def test_an_unknown_resolver_is_a_usage_error_that_names_the_known_ones() -> None:

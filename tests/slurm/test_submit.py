@@ -11,7 +11,7 @@ import pytest
 from envbuilder.errors import MismatchError, SlurmError
 from envbuilder.paths import Root
 from envbuilder.slurm.site import Site, load_site
-from envbuilder.slurm.submit import Submitted, submit, submit_compile
+from envbuilder.slurm.submit import Submitted, submit, submit_compile, submit_probe
 
 FAILED = "sbatch: error: Batch job submission failed: "
 POLICY = f"{FAILED}Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
@@ -206,7 +206,7 @@ def test_a_machine_without_slurm_is_told(site: Site, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MismatchError, match="no sbatch on this machine") as caught:
         submitted(site, tmp_path / "root")
-    assert "--local" in caught.value.remedy
+    assert "without --sbatch" in caught.value.remedy
 
 
 def test_a_root_that_slurm_can_t_write_a_log_under_is_refused(site: Site, tmp_path: Path) -> None:
@@ -221,3 +221,16 @@ def test_compile_is_submitted_as_itself_with_local(sbatch: Sbatch, site: Site, t
     job = submit_compile(tmp_path / "r.toml", "tiny", str(tmp_path / "mine.toml"), root, ["--rebuild"])
     expected = f"-m envbuilder --root {root.path} compile {tmp_path / 'r.toml'} --local --rebuild\n"
     assert job.script.read_text().endswith(expected)
+
+
+def test_probe_is_submitted_as_itself_and_its_output_is_where_it_was_asked_for(
+    sbatch: Sbatch, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch.says("1")
+    monkeypatch.chdir(tmp_path)
+    root = Root(tmp_path / "root")
+    job = submit_probe("./mine.toml", Path("target.json"), root, ["--provided", "torch"])
+    words = f"--root {root.path} probe --output {tmp_path / 'target.json'} --provided torch\n"
+    assert job.script.read_text().endswith(words)
+    assert "#SBATCH --job-name=envbuilder-probe\n" in job.script.read_text()
+    assert "#SBATCH --gres=gpu:4\n" in job.script.read_text()

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
-from envbuilder.doctor.gpus import Gpu
 from envbuilder.doctor.installed import read_torch
 from envbuilder.doctor.scripts import run_script
 from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
+from envbuilder.gpu import Gpu
 from envbuilder.report import Reporter
 
 KERNEL_PACKAGES = ("causal-conv1d", "mamba-ssm")

@@ -11,12 +11,12 @@ from envbuilder.target import python_versions
 
 
 def check_interpreter(subject: Subject, reporter: Reporter) -> Outcome:
-    """The interpreter's version against the recipe's, and against the one that the env was made with."""
+    """The interpreter's version against the lock's, and against the one that the env was made with."""
     found, wanted = subject.interpreter, python_versions(_target(subject))
     evidence = f"{found.path}: Python {found.version}"
     if found.minor not in wanted:
         return failed(
-            f"Python {found.minor} is not one that the recipe serves ({', '.join(wanted)}).",
+            f"Python {found.minor} is not one that the lock serves ({', '.join(wanted)}).",
             evidence,
             remedy=f"envbuilder install {subject.recipe_file} --python python{wanted[-1]}",
         )
@@ -26,7 +26,7 @@ def check_interpreter(subject: Subject, reporter: Reporter) -> Outcome:
             evidence,
             remedy=f"envbuilder install {subject.recipe_file}",
         )
-    return ok(f"Python {found.version} is one that the recipe serves.", evidence)
+    return ok(f"Python {found.version} is one that the lock serves.", evidence)
 
 
 def check_glibc(subject: Subject, reporter: Reporter) -> Outcome:
@@ -40,10 +40,9 @@ def check_glibc(subject: Subject, reporter: Reporter) -> Outcome:
     if _numbers(found) < _numbers(wanted):
         return failed(
             f"glibc {found} is older than the {wanted} that the lock's wheels may need.",
-            remedy=f'Set glibc = "{found}" in [target] of {subject.recipe_file}, then: '
-            f"envbuilder lock {subject.recipe_file}",
+            remedy=_lock_for_this_machine(subject),
         )
-    return ok(f"glibc {found} is no older than the {wanted} of the recipe.")
+    return ok(f"glibc {found} is no older than the {wanted} of the lock.")
 
 
 def check_machine(subject: Subject, reporter: Reporter) -> Outcome:
@@ -52,10 +51,9 @@ def check_machine(subject: Subject, reporter: Reporter) -> Outcome:
     if found != wanted:
         return failed(
             f"This machine is {found}, and the lock's files are for {wanted}.",
-            remedy=f'Set machine = "{found}" in [target] of {subject.recipe_file}, then: '
-            f"envbuilder lock {subject.recipe_file}",
+            remedy=_lock_for_this_machine(subject),
         )
-    return ok(f"This machine is {found}, as the recipe says.")
+    return ok(f"This machine is {found}, as the lock says.")
 
 
 def check_namespaces(subject: Subject, reporter: Reporter) -> Outcome:
@@ -69,7 +67,17 @@ def check_namespaces(subject: Subject, reporter: Reporter) -> Outcome:
     return ok("Network namespaces can be made here, so builds run without network.")
 
 
+def _lock_for_this_machine(subject: Subject) -> str:
+    return (
+        "Here: envbuilder probe --output target.json; on the login node: "
+        f"envbuilder lock {subject.recipe_file} --target target.json"
+    )
+
+
 def _target(subject: Subject) -> TargetSpec:
+    """The lock's, which may be for one probed machine; without a lock, the recipe's."""
+    if subject.lock is not None:
+        return subject.lock.target
     assert subject.recipe is not None, "these checks need a recipe"
     return subject.recipe.target
 
@@ -82,21 +90,21 @@ CHECKS = (
     Check(
         "platform.interpreter",
         "the interpreter",
-        "the env's interpreter (before install: the running one) against the recipe's Python versions",
+        "the env's interpreter (before install: the running one) against the lock's Python versions",
         check_interpreter,
         needs=("recipe",),
     ),
     Check(
         "platform.glibc",
         "the C library",
-        "glibc against the oldest that the recipe's wheels are chosen for",
+        "glibc against the oldest that the lock's wheels are chosen for",
         check_glibc,
         needs=("recipe",),
     ),
     Check(
         "platform.machine",
         "the processor",
-        "the machine's architecture against the recipe's",
+        "the machine's architecture against the lock's",
         check_machine,
         needs=("recipe",),
     ),

@@ -79,9 +79,9 @@ def _root_needs(subject: Subject) -> int:
 
 
 def _locked_bytes(subject: Subject) -> int:
-    if subject.lock is None or subject.recipe is None:
+    if subject.lock is None:
         return TYPICAL_LOCK
-    target = target_for(subject.recipe.target, subject.interpreter.minor)
+    target = target_for(subject.lock.target, subject.interpreter.minor)
     return sum(file.size for file in subject.lock.select(target, GROUPS))
 
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from envbuilder.resolve.protocol import KnownPackage
 from envbuilder.target import Target
 
 # Above any build number of the same version's real wheels, so that the stub is preferred to them.
 _BUILD = "999999999"
+_EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPackage:
+    """A package whose requirements are given to the resolver, never read from an index: it is compiled from
+    its sdist, or the machine provides it."""
+
+    name: str
+    versions: tuple[str, ...]
+    """Those that it may have."""
+    requires: tuple[str, ...]
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The extras that the markers of `requires` speak of."""
+        return tuple(sorted({extra for text in self.requires for extra in _EXTRA.findall(text)}))
 
 
 def write_stubs(folder: Path, known: tuple[KnownPackage, ...], target: Target) -> None:

@@ -1,0 +1,56 @@
+"""The command line: the only place that prints and exits. One module for each part of the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+
+from rich.console import Console
+
+from envbuilder import display
+from envbuilder.cli import building, bundle, locking, probing, training
+from envbuilder.cli.app import app
+from envbuilder.errors import EnvbuilderError
+
+__all__ = ["building", "bundle", "locking", "main", "probing", "training"]
+
+_FLAGS = frozenset({"--json", "--quiet", "-q", "--verbose", "-v"})
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """The flags that every command takes may stand anywhere; the parser wants them before the command."""
+    flags = [word for word in arguments if word in _FLAGS]
+    return [*flags, *(word for word in arguments if word not in _FLAGS)]
+
+
+def _upgrades_apart(arguments: list[str]) -> list[str]:
+    """`--upgrade=PKG` is another way to write `--upgrade-package PKG`."""
+    split = [word.partition("=") if word.startswith("--upgrade=") else (word, "", "") for word in arguments]
+    return [
+        part for word, equals, name in split for part in (("--upgrade-package", name) if equals else (word,))
+    ]
+
+
+def _with_recipe(remedy: str, arguments: list[str]) -> str:
+    """`remedy` with the recipe's path as it was typed, where a stage that doesn't know it wrote RECIPE."""
+    recipes = [word for word in arguments if word.endswith(".toml") and not word.startswith("-")]
+    return re.sub(r"\bRECIPE\b", lambda _: recipes[0], remedy) if len(recipes) == 1 else remedy
+
+
+def main() -> None:
+    """The entry point: runs a command, and turns a typed error into a message and its exit code."""
+    arguments = _upgrades_apart(_flags_first(sys.argv[1:]))
+    # The end of a Slurm job comes as SIGTERM: like Ctrl-C (exit 130), it must leave nothing half-made behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(arguments)
+    except EnvbuilderError as error:
+        error.remedy = _with_recipe(error.remedy, arguments)
+        if "--json" in arguments:
+            print(json.dumps(error.to_json(), indent=2))
+        else:
+            verbose = "--verbose" in arguments or "-v" in arguments
+            display.print_error(Console(stderr=True, soft_wrap=True), error, verbose=verbose)
+        sys.exit(error.exit_code)

@@ -1,0 +1,126 @@
+"""`compile`, `install` and `doctor`: the compute node's half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from envbuilder import display, summary
+from envbuilder.cli.app import Options, PythonExe, RecipePath, SiteName, app
+from envbuilder.doctor import CHECKS, explain_log, run_checks
+from envbuilder.errors import DoctorError, UsageError
+from envbuilder.model import Finding
+from envbuilder.slurm.submit import submit_compile
+
+
+@app.command("compile")
+def compile_(
+    context: typer.Context,
+    recipe: RecipePath,
+    local: Annotated[
+        bool, typer.Option("--local", help="Compile here (the default without --sbatch).")
+    ] = False,
+    sbatch: Annotated[bool, typer.Option("--sbatch", help="Submit this command as a Slurm job.")] = False,
+    site: SiteName = None,
+    python: PythonExe = None,
+    require_isolation: Annotated[
+        bool,
+        typer.Option("--require-isolation", help="Fail where a build can't be cut off from the network."),
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build again what is in the wheelhouse.")
+    ] = False,
+) -> None:
+    """Build the source packages into the wheelhouse, without internet, and install the env (compute node)."""
+    opts: Options = context.obj
+    if local and sbatch:
+        raise UsageError(
+            "--local and --sbatch exclude one another.",
+            remedy=f"On a login node: envbuilder compile {recipe} --sbatch --site generic",
+        )
+    if sbatch != (site is not None):
+        raise UsageError(
+            "--sbatch goes with --site, and only with it.",
+            remedy=f"envbuilder compile {recipe} --sbatch --site generic",
+        )
+    session = opts.session(recipe)
+    if site is not None:
+        session.bundle()  # An incomplete bundle is found here, not after hours in a queue.
+        flags = ["--python", str(python)] if python else []
+        flags += ["--require-isolation"] if require_isolation else []
+        flags += ["--rebuild"] if rebuild else []
+        job = submit_compile(session.recipe_path, session.recipe.name, site, opts.root, flags)
+        opts.lines(
+            {"job": job.id, "script": job.script, "log": job.log},
+            f"submitted job {job.id}",
+            f"its log: {job.log}",
+        )
+        return
+    built = session.compile(python, require_isolation=require_isolation, rebuild=rebuild)
+    env = session.install(python)
+    opts.lines(
+        {
+            "wheels": [wheel.model_dump(mode="json") for wheel in built.wheels],
+            "reused": built.reused,
+            "seconds": built.seconds,
+            "env": env.path,
+        },
+        summary.compiled(built),
+        f"{env.path}: {summary.installed(env)}",
+    )
+
+
+@app.command()
+def install(
+    context: typer.Context,
+    recipe: RecipePath,
+    python: PythonExe = None,
+    reinstall: Annotated[
+        bool, typer.Option("--reinstall", help="Make the env anew, whatever is there.")
+    ] = False,
+) -> None:
+    """Make the env from bundle and wheelhouse alone."""
+    opts: Options = context.obj
+    report = opts.session(recipe).install(python, reinstall=reinstall)
+    opts.lines(
+        {"env": report.path, "packages": len(report.receipt.packages), "seconds": report.seconds},
+        f"{report.path}: {summary.installed(report)}",
+    )
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this check alone (may be repeated).")] = None,
+    list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Explain a failed build's or job's log.")] = None,
+) -> None:
+    """Say what is wrong, prove it, and give the command that mends it."""
+    opts: Options = context.obj
+    if list_checks:
+        opts.result(
+            {"checks": [{"id": c.id, "title": c.title, "looks_at": c.looks_at} for c in CHECKS]},
+            lambda console: display.print_summary(console, "checks", [(c.id, c.looks_at) for c in CHECKS]),
+        )
+        return
+    if log is not None:
+        findings = explain_log(log)
+    elif recipe is not None:
+        findings = opts.session(recipe).doctor(frozenset(only or ()))
+    else:
+        findings = run_checks(
+            None, root=opts.root, lock=None, only=frozenset(only or ()), reporter=opts.reporter
+        )
+    opts.result(
+        {"findings": [finding.model_dump(mode="json") for finding in findings]},
+        lambda console: display.print_findings(console, findings, verbose=opts.verbose),
+    )
+    if failed_of(findings):
+        raise typer.Exit(DoctorError.exit_code)
+
+
+def failed_of(findings: tuple[Finding, ...]) -> list[Finding]:
+    return [finding for finding in findings if finding.verdict == "failed"]

@@ -1,0 +1,87 @@
+"""The licence of a package, as its own metadata names it: SPDX where it can be, else its author's words.
+
+What is stated is passed on, never judged: a lock is no legal opinion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+from packaging.metadata import parse_email
+
+from envbuilder.index import Index, IndexFile
+
+_SHORT = 100
+"""Characters of a License field that is a name; longer ones are whole licence texts."""
+_CLASSIFIED = {
+    "Apache Software License": "Apache-2.0",
+    "Boost Software License 1.0 (BSL-1.0)": "BSL-1.0",
+    "CC0 1.0 Universal (CC0 1.0) Public Domain Dedication": "CC0-1.0",
+    "Eclipse Public License 2.0 (EPL-2.0)": "EPL-2.0",
+    "European Union Public Licence 1.2 (EUPL 1.2)": "EUPL-1.2",
+    "GNU Affero General Public License v3": "AGPL-3.0-only",
+    "GNU Affero General Public License v3 or later (AGPLv3+)": "AGPL-3.0-or-later",
+    "GNU General Public License v2 (GPLv2)": "GPL-2.0-only",
+    "GNU General Public License v2 or later (GPLv2+)": "GPL-2.0-or-later",
+    "GNU General Public License v3 (GPLv3)": "GPL-3.0-only",
+    "GNU General Public License v3 or later (GPLv3+)": "GPL-3.0-or-later",
+    "GNU Lesser General Public License v2 or later (LGPLv2+)": "LGPL-2.0-or-later",
+    "GNU Lesser General Public License v3 (LGPLv3)": "LGPL-3.0-only",
+    "GNU Lesser General Public License v3 or later (LGPLv3+)": "LGPL-3.0-or-later",
+    "Historical Permission Notice and Disclaimer (HPND)": "HPND",
+    "ISC License (ISCL)": "ISC",
+    "MIT License": "MIT",
+    "MIT No Attribution License (MIT-0)": "MIT-0",
+    "Mozilla Public License 1.1 (MPL 1.1)": "MPL-1.1",
+    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "Python Software Foundation License": "PSF-2.0",
+    "The Unlicense (Unlicense)": "Unlicense",
+    "Universal Permissive License (UPL)": "UPL-1.0",
+    "zlib/libpng License": "Zlib",
+}
+"""Classifiers that stand for one SPDX identifier; others, as "BSD License", leave open which."""
+
+
+def license_of(index: Index, file: IndexFile) -> str | None:
+    """The licence of the wheel `file`, which is not downloaded; None where its metadata names none, or can't
+    be read. NetworkError where the index fails."""
+    metadata = index.metadata(file)
+    return None if metadata is None else stated_license(metadata)
+
+
+def stated_license(metadata: bytes) -> str | None:
+    """The licence that a METADATA or PKG-INFO file states."""
+    fields, _ = parse_email(metadata)
+    return license_name(
+        fields.get("license_expression"), fields.get("license"), fields.get("classifiers", [])
+    )
+
+
+def license_name(expression: str | None, text: str | None, classifiers: Sequence[str]) -> str | None:
+    """The licence that these fields state: the License-Expression (PEP 639), else the License field if it is
+    a name and no whole text, else the classifiers."""
+    if name := _one_line(expression):
+        return _spdx(name)
+    if (name := _one_line(text)) and name.upper() != "UNKNOWN":
+        return _spdx(name)
+    return _classified(classifiers)
+
+
+def _one_line(text: str | None) -> str:
+    stripped = (text or "").strip()
+    return "" if "\n" in stripped or len(stripped) > _SHORT else stripped
+
+
+def _spdx(name: str) -> str:
+    try:
+        return canonicalize_license_expression(name)
+    except InvalidLicenseExpression:
+        return name
+
+
+def _classified(classifiers: Sequence[str]) -> str | None:
+    parts = [classifier.split(" :: ") for classifier in classifiers]
+    # "License :: OSI Approved" alone names none.
+    names = [part[-1] for part in parts if part[0] == "License" and part[-1] != "OSI Approved"]
+    return ", ".join(dict.fromkeys(_CLASSIFIED.get(name, name) for name in names)) or None

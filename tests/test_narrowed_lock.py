@@ -1,0 +1,60 @@
+"""After lock time the lock's target counts, not the recipe's: it may be one probed machine."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from envbuilder.doctor import run_checks
+from envbuilder.errors import MismatchError
+from envbuilder.install import install_env
+from envbuilder.lock import SourceLock, parse_lock
+from envbuilder.lock_text import compose_lock
+from envbuilder.model import Finding
+from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from envbuilder.report import Quiet
+from envbuilder.target import narrow_target
+from tests.lab.bundles import make_bundle
+from tests.lab.packages import make_wheel
+from tests.machines import machine_record
+
+MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
+HERE = platform.machine()
+OTHER = "aarch64" if HERE == "x86_64" else "x86_64"
+RECIPE = Recipe.model_validate(
+    {"name": "tiny", "requirements": ["tiny"], "target": {"machine": HERE, "glibc": "2.17"}}
+)
+PROBED = narrow_target(RECIPE, machine_record(python=f"{MINOR}.0", machine=OTHER, glibc="2.99"))
+
+
+def lock(recipe: Recipe) -> SourceLock:
+    return parse_lock("tiny", compose_lock(recipe, digest="0" * 64, resolver="none", entries=()))
+
+
+def finding(check: str, tmp_path: Path, recipe: Recipe) -> Finding:
+    (found,) = run_checks(
+        RECIPE, root=Root(tmp_path), lock=lock(recipe), only=frozenset([check]), reporter=Quiet()
+    )
+    return found
+
+
+@pytest.mark.parametrize(("check", "wanted"), [("platform.machine", OTHER), ("platform.glibc", "2.99")])
+def test_doctor_holds_the_machine_against_the_lock(tmp_path: Path, check: str, wanted: str) -> None:
+    assert finding(check, tmp_path, RECIPE).verdict == "ok"
+    found = finding(check, tmp_path, PROBED)
+    assert (found.verdict, wanted in found.summary) == ("failed", True)
+    assert "envbuilder lock recipes/tiny.toml --target target.json" in (found.remedy or "")
+
+
+def test_install_refuses_a_lock_of_another_machine(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "tiny", "1.0")
+    bundle = make_bundle(Root(tmp_path / "root"), PROBED, {wheel: ["runtime"]}, python=MINOR)
+    with pytest.raises(MismatchError, match=f"The lock tiny is for {OTHER}") as caught:
+        install_env(
+            RECIPE, bundle, root=Root(tmp_path / "root"), python=Path(sys.executable), reporter=Quiet()
+        )
+    assert "envbuilder probe --output target.json" in caught.value.remedy
