@@ -64,7 +64,7 @@ def install_env(
     began = time.monotonic()
     interpreter = inspect_interpreter(python)
     check_interpreter(interpreter, bundle.lock.target, bundle.record)
-    provided = find_provided(recipe, python)
+    provided = find_provided(recipe, bundle.lock, python)
     wheels, extensions = _choose_wheels(recipe, bundle, root, interpreter, provided)
     receipt = EnvReceipt(
         recipe=recipe.name,
@@ -90,8 +90,10 @@ def _choose_wheels(
     recipe: Recipe, bundle: Bundle, root: Root, interpreter: Interpreter, provided: ProvidedPackages | None
 ) -> tuple[list[WheelFile], tuple[Extension, ...]]:
     """The wheels of the env, sorted by name, and the extension modules in the built ones."""
-    files = bundle.lock.select(target_for(bundle.lock.target, interpreter.minor), ("runtime",))
-    locked_torch = next((file.version for file in files if file.package == "torch"), None)
+    target = target_for(bundle.lock.target, interpreter.minor)
+    files, build_files = (bundle.lock.select(target, (group,)) for group in ("runtime", "build"))
+    # What was built without torch at hand depends on none, whatever the env holds.
+    locked_torch = next((file.version for file in build_files if file.package == "torch"), None)
     torch = provided.versions.get("torch", locked_torch) if provided else locked_torch
     wheels: list[WheelFile] = []
     extensions: list[Extension] = []
@@ -106,6 +108,7 @@ def _choose_wheels(
             torch=torch,
             compute_capabilities=wanted_capabilities(recipe.cuda),
             environment=recipe.build.get(file.package, SourceBuild()).env,
+            patches=[patch.sha256 for patch in bundle.lock.patches_of(file.package)],
         )
         if built is None:
             raise _not_compiled(recipe, file, interpreter, torch)

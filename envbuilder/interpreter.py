@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from envbuilder.errors import MismatchError
+from envbuilder.lock import SourceLock
 from envbuilder.machine import TorchBuild
 from envbuilder.model import BundleRecord, ProvidedPackages
 from envbuilder.process import run

@@ -135,6 +135,11 @@ class SourceLock:
         return TargetSpec.model_validate(self._table["target"])
 
     @property
+    def provided(self) -> tuple[str, ...]:
+        """The requirements that the machine's packages must meet: the recipe's, or what a probed one has."""
+        return tuple(self._table.get("provided", ()))
+
+    @property
     def models(self) -> tuple[LockedModel, ...]:
         return tuple(_model(table) for table in self._table.get("models", ()))
 

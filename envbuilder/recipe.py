@@ -180,6 +180,8 @@ class Recipe(Table):
                 if name != canonicalize_name(name):
                     raise ValueError(f"write the package's normalised name: {canonicalize_name(name)!r}")
         for name, build in self.build.items():
+            if len(set(build.patches)) < len(build.patches):
+                raise ValueError(f"build.{name}.patches names a patch twice")
             if build.version is not None and build.git is None:
                 raise ValueError(
                     f"build.{name}.version is for git sources: write {name}==… into requirements"

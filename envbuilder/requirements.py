@@ -1,10 +1,13 @@
-"""What this version of envbuilder and of its trainer need, read from the distribution's own metadata."""
+"""What this version of envbuilder and of its trainer need, by the distribution's own metadata; and every build."""
 
 from __future__ import annotations
 
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
+
+BUILD_TOOLS = ("ninja", "setuptools", "wheel")
+"""What torch's extension builder and every setup.py use without saying so."""
 
 
 def tool_requires() -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from envbuilder.process import Completed, run
 Isolation = Literal["network-namespace", "none"]
 _TIME_LIMIT_S = 24 * 3600.0
 """No build takes a day: one that waits for a network that isn't there is ended."""
+_TRIAL_TIMEOUT_S = 60.0
+"""Of one attempt to make a namespace; it takes milliseconds, a kernel that is stuck for ever."""
 # In a namespace of its own for processes too, all that a build has started ends with it: ninja puts each
 # compiler into a process group of its own, which no signal to the build would reach.
 _NAMESPACES = ("--net", "--pid", "--fork", "--kill-child", "--")
@@ -55,7 +57,7 @@ def find_sandbox(*, require_isolation: bool = False) -> Sandbox:
     """
     for prefix in _UNSHARE:
         try:
-            if run([*prefix, "true"]).returncode == 0:
+            if run([*prefix, "true"], timeout_s=_TRIAL_TIMEOUT_S).returncode == 0:
                 return Sandbox("network-namespace", prefix)
         except MismatchError:
             break  # there is no unshare here

@@ -55,14 +55,14 @@ class Session:
         self,
         resolver: str = "uv",
         *,
+        kept: SourceLock | None = None,
         upgrade: frozenset[str] = frozenset(),
-        upgrade_all: bool = False,
         target: Path | None = None,
     ) -> SourceLock:
         """Resolves the recipe and writes its lock.
 
-        Versions and commits of the lock that is there stay where they still fit, but for the packages and
-        models named in `upgrade`, or with `upgrade_all`. `target` is the target.json of a probed machine.
+        What `kept` (the lock so far, `older_lock`) holds stays where it still fits, but for the packages and
+        models named in `upgrade`. `target` is the target.json of a probed machine.
         """
         with ExitStack() as stack:
             client = stack.enter_context(open_client())
@@ -70,7 +70,7 @@ class Session:
                 self.recipe,
                 folder=self.recipe_path.parent,
                 machine=read_machine(target) if target else None,
-                kept=None if upgrade_all else self.older_lock(),
+                kept=kept,
                 upgrade=upgrade,
                 resolver=resolver_named(resolver),
                 indexes=open_indexes(self._index_names, client),

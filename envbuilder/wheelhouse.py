@@ -45,11 +45,12 @@ def find_built(
     torch: str | None,
     compute_capabilities: Sequence[str],
     environment: Mapping[str, str] = _ANY,
+    patches: Sequence[str] = (),
 ) -> BuiltWheel | None:
     """The newest wheel that was built from this sdist, for this Python ("3.12"), torch and GPUs.
 
-    `torch` may lack its local version ("+cu130"). `environment` are the recipe's variables for the build.
-    The wheel's bytes are not read: whoever uses it checks its hash.
+    `torch` may lack its local version ("+cu130"). `environment` are the recipe's variables for the build;
+    `patches` the sha256 of each patch, in the order in which they are applied. The wheel's bytes are not read: whoever uses it checks its hash.
     """
     fitting = [
         built
@@ -58,6 +59,7 @@ def find_built(
         and built.receipt.python.startswith(f"{python}.")
         and _same_torch(built.receipt.torch, torch)
         and set(built.receipt.compute_capabilities) == set(compute_capabilities)
+        and tuple(built.receipt.patches.values()) == tuple(patches)
         and environment.items() <= built.receipt.environment.items()
     ]
     return max(fitting, key=lambda built: built.receipt.built_at, default=None)

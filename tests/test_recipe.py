@@ -65,6 +65,7 @@ def test_names_of_provided_and_excluded_packages_are_normalised(tmp_path: Path) 
         ("[build.kernels]\nmodules = ['kernels_cuda']\n", "recipe", "[cuda] table"),
         ("[build.kernels]\nrequires = ['a b']\n", "build.kernels.requires[0]", "PEP 508"),
         ("[build.kernels.env]\n'A B' = 'x'\n", "build.kernels.env", "environment variable"),
+        ("[build.kernels]\npatches = ['patches/a.patch', 'patches/a.patch']\n", "recipe", "a patch twice"),
         ("[provided]\npackages = []\n", "provided.packages", "at least 1"),
         ("[[exclude]]\npackage = 'x'\n", "exclude[0].reason", "required"),
         ("[index]\ntorch = 'https://127.0.0.1/simple'\n", "index.torch", "index's name"),

@@ -55,7 +55,7 @@ def lock(
         _say(opts, session, session.current_lock(), [])
         return
     before = session.older_lock()
-    made = session.make_lock(resolver, upgrade=names, upgrade_all=upgrade, target=target)
+    made = session.make_lock(resolver, kept=None if upgrade else before, upgrade=names, target=target)
     _say(opts, session, made, describe(diff_locks(before, made)) if before else [])
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from envbuilder.compile.drivers import nvcc as nvcc_driver
 from envbuilder.compile.jobs import max_jobs
-from envbuilder.compile.key import TorchBuild
 from envbuilder.envlock import WheelFile
 from envbuilder.errors import MismatchError
 from envbuilder.fatbin import gpu_architectures
 from envbuilder.gpu import architecture
-from envbuilder.interpreter import Interpreter
+from envbuilder.interpreter import Interpreter, inspect_torch
+from envbuilder.machine import TorchBuild
 from envbuilder.model import ProvidedPackages
-from envbuilder.process import run
 from envbuilder.recipe import CudaSpec
 from envbuilder.sandbox import Sandbox, sandbox_environment
 from envbuilder.toolchain import (
@@ -31,18 +29,6 @@ from envbuilder.venv import install_wheels, make_venv, venv_python
 
 SOURCE_DATE_EPOCH = "315532800"
 """1 January 1980, the earliest time that a zip archive can hold: file times in wheels don't tell the day."""
-
-_TORCH = """
-import json
-try:
-    import torch
-except ModuleNotFoundError as error:
-    if error.name != "torch":
-        raise
-    print("null")
-else:
-    print(json.dumps([torch.__version__, torch.version.cuda, torch.compiled_with_cxx11_abi()]))
-"""
 
 _PROBE = """\
 #include <cuda_runtime.h>
@@ -106,7 +92,7 @@ def make_build_env(
         "CFLAGS": "-g0",
     }
     variables |= recorded | {"CXX": str(compiler.cxx)} | ({"CC": str(compiler.cc)} if compiler.cc else {})
-    torch = probe_torch(python, variables)
+    torch = inspect_torch(python, variables)
     units_log = folder / "units.jsonl"
     toolkit = None
     if cuda is not None:
@@ -127,23 +113,6 @@ def make_build_env(
         variables["PATH"] = f"{home / 'bin'}{os.pathsep}{variables['PATH']}"
         _try_toolkit(folder, compiler, numbers, sandbox=sandbox, variables=variables, log=log)
     return BuildEnv(interpreter, python, sandbox, variables, recorded, torch, toolkit, units_log)
-
-
-def probe_torch(python: Path, variables: Mapping[str, str] | None = None) -> TorchBuild | None:
-    """The torch that `python` imports, or None; MismatchError where the import fails.
-
-    `variables` are its environment; by default this process's own.
-    """
-    # The root folder as working folder: "-c" puts it on the import path.
-    done = run([python, "-s", "-c", _TORCH], env=variables, cwd=Path("/"))
-    if done.returncode != 0:
-        raise MismatchError(
-            f"torch can't be imported by {python}.",
-            remedy=f"Run {python} -c 'import torch' and mend what it says.",
-            context={"python": python, "output": done.output.strip()[-1000:]},
-        )
-    answer = json.loads(done.output.strip().rpartition("\n")[2])
-    return None if answer is None else TorchBuild(*answer)
 
 
 def _try_toolkit(

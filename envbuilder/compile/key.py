@@ -12,17 +12,7 @@ from packaging.utils import canonicalize_name
 
 from envbuilder.gpu import architecture
 from envbuilder.lock import LockedFile
-
-
-@dataclass(frozen=True, slots=True)
-class TorchBuild:
-    """The torch that extensions are linked against."""
-
-    version: str
-    """Local version included, e.g. "2.11.0+cu130"."""
-    cuda: str | None
-    """E.g. "13.0"; None for a torch without CUDA."""
-    cxx11_abi: bool
+from envbuilder.machine import TorchBuild
 
 
 @dataclass(frozen=True, slots=True)

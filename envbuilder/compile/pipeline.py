@@ -21,14 +21,21 @@ from pathlib import Path
 from envbuilder.atomic import make_folder, writing
 from envbuilder.bundle import bundle_file, copy_verified, hash_file
 from envbuilder.compile.build import build_wheel, check_wheel, read_units, tag_wheel
-from envbuilder.compile.buildenv import BuildEnv, make_build_env, probe_torch
-from envbuilder.compile.key import BuildInputs, TorchBuild, shaping_files
+from envbuilder.compile.buildenv import BuildEnv, make_build_env
+from envbuilder.compile.key import BuildInputs, shaping_files
 from envbuilder.compile.unpack import unpack_sdist
 from envbuilder.envlock import WheelFile, bundle_wheel
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.gpu import wanted_capabilities
-from envbuilder.interpreter import Interpreter, check_interpreter, find_provided, inspect_interpreter
-from envbuilder.lock import LockedFile, LockedPatch
+from envbuilder.interpreter import (
+    Interpreter,
+    check_interpreter,
+    find_provided,
+    inspect_interpreter,
+    inspect_torch,
+)
+from envbuilder.lock import LockedFile, LockedPatch, SourceLock
+from envbuilder.machine import TorchBuild
 from envbuilder.model import BuildReceipt, BuiltWheel, Bundle, ProvidedPackages
 from envbuilder.patches import apply_patches, check_git
 from envbuilder.paths import Root
@@ -96,7 +103,7 @@ def compile_recipe(
     if not sdists:
         return CompileReport((), (), time.monotonic() - began)
     build_files = bundle.lock.select(target, ("build",))
-    machine = _inspect_machine(recipe, interpreter, python)
+    machine = _inspect_machine(recipe, bundle.lock, interpreter, python)
     inputs = {sdist: _inputs(recipe, bundle, sdist, build_files, machine) for sdist in sdists}
     wheels: dict[LockedFile, BuiltWheel] = {}
     for sdist in sdists if not rebuild else ():
@@ -149,7 +156,9 @@ def compile_recipe(
     return CompileReport(tuple(wheels[sdist] for sdist in sdists), reused, time.monotonic() - began)
 
 
-def _inspect_machine(recipe: Recipe, interpreter: Interpreter, python: Path) -> _Machine:
+def _inspect_machine(
+    recipe: Recipe, lock: SourceLock, interpreter: Interpreter, python: Path
+) -> _Machine:
     compiler = find_host_compiler(os.environ)
     if (
         any(build.modules for build in recipe.build.values())
@@ -165,8 +174,8 @@ def _inspect_machine(recipe: Recipe, interpreter: Interpreter, python: Path) -> 
     if recipe.cuda is not None and recipe.cuda.toolchain == "system":
         toolkit = system_toolkit(os.environ)
         check_toolkit(toolkit, None, capabilities)
-    provided = find_provided(recipe, python)
-    torch = probe_torch(Path(provided.python)) if provided and "torch" in provided.versions else None
+    provided = find_provided(recipe, lock, python)
+    torch = inspect_torch(Path(provided.python)) if provided and "torch" in provided.versions else None
     return _Machine(interpreter, compiler, capabilities, toolkit, provided, torch)
 
 

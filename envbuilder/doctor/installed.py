@@ -84,8 +84,8 @@ def has_changed(file: RecordedFile) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class TorchBuild:
-    """An installed torch."""
+class InstalledTorch:
+    """A torch, as far as its files tell: `machine.TorchBuild` is what an imported one tells."""
 
     version: str
     """Local version included, e.g. "2.11.0+cu130"."""
@@ -93,14 +93,14 @@ class TorchBuild:
     """The CUDA release that it is built with, e.g. "13.0"; None for a CPU build."""
 
 
-def read_torch(folders: Iterable[Path]) -> TorchBuild | None:
+def read_torch(folders: Iterable[Path]) -> InstalledTorch | None:
     """The torch in `folders`, from its version.py: so a torch that can't be imported is known too."""
     for folder in folders:
         file = folder / "torch" / "version.py"
         if file.is_file():
             constants = dict(_constants(file.read_text(encoding="utf-8")))
             cuda = constants.get("cuda")
-            return TorchBuild(str(constants["__version__"]), None if cuda is None else str(cuda))
+            return InstalledTorch(str(constants["__version__"]), None if cuda is None else str(cuda))
     return None
 
 

@@ -32,12 +32,10 @@ from envbuilder.lock import FILES, GROUPS, Group, LockedFile, SourceLock
 from envbuilder.process import run
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import tool_requires, trainer_requires
+from envbuilder.requirements import BUILD_TOOLS, tool_requires, trainer_requires
 from envbuilder.stubs import KnownPackage, write_stubs
 from envbuilder.target import Target, target_for
 
-# What torch's extension builder and every setup.py use without saying so; `lock` adds them too.
-_BUILD_TOOLS = ("ninja", "setuptools", "wheel")
 # The lock has chosen its wheels for the target's glibc already; uv has names for some glibc versions only.
 _ANY_GLIBC = "manylinux_2_40"
 _NO_SOLUTION = "No solution found"
@@ -149,7 +147,7 @@ class _Proof:
                 for text in self.lock.package_table(file.package).get("build-requires", ())
             ),
             *(_Need("the CUDA toolchain of the recipe", text) for text in toolchain),
-            *(_Need("every build", text) for text in _BUILD_TOOLS),
+            *(_Need("every build", text) for text in BUILD_TOOLS),
         ]
 
     def _lay_out(self, group: Group, files: Sequence[LockedFile]) -> None:

@@ -22,8 +22,8 @@ from envbuilder.fetch.wanted import Wanted
 from envbuilder.report import Reporter
 from envbuilder.store import Store
 
-AT_ONCE = 8
-"""Files transferred, or hashed, at the same time."""
+AT_ONCE = max(4, min(8, 2 * len(os.sched_getaffinity(0))))
+"""Files transferred, or hashed, at the same time: each keeps up to two processors busy."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

@@ -21,16 +21,13 @@ from envbuilder.index import DEFAULT_INDEX, Index, IndexFile
 from envbuilder.lock import GROUPS, Group
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import tool_requires, trainer_requires
+from envbuilder.requirements import BUILD_TOOLS, tool_requires, trainer_requires
 from envbuilder.resolve.combined_index import CombinedIndex, open_combined_index
 from envbuilder.resolve.kept import Resolution
 from envbuilder.resolve.protocol import Request, Resolver, Versions
 from envbuilder.resolve.sources import Source
 from envbuilder.stubs import KnownPackage
 from envbuilder.target import python_versions, target_for
-
-# What torch's extension builder and every setup.py use without saying so.
-_BUILD_TOOLS = ("ninja", "setuptools", "wheel")
 
 
 def resolve_groups(
@@ -247,7 +244,7 @@ def _build_requirements(recipe: Recipe, sources: Mapping[str, Source]) -> Iterab
         yield from source.metadata.build_requires
         yield from recipe.build[name].build_requires
     if sources:
-        yield from _BUILD_TOOLS
+        yield from BUILD_TOOLS
 
 
 def _index_of(recipe: Recipe, indexes: Mapping[str, Index], name: str) -> Index:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from envbuilder.compile.key import BuildInputs, TorchBuild, shaping_files
+from envbuilder.compile.key import BuildInputs, shaping_files
 from envbuilder.lock import LockedFile
+from envbuilder.machine import TorchBuild
 
 INPUTS = BuildInputs(
     package="causal-conv1d",

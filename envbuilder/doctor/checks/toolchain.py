@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped
-from envbuilder.doctor.installed import TorchBuild, read_torch
+from envbuilder.doctor.installed import InstalledTorch, read_torch
 from envbuilder.doctor.subject import Subject
 from envbuilder.interpreter import find_provided
 from envbuilder.model import BuildReceipt
@@ -67,11 +67,11 @@ def check_cuda(subject: Subject, reporter: Reporter) -> Outcome:
     return ok(f"nvcc's CUDA is that of torch ({torch.cuda}).", *evidence)
 
 
-def _torch(subject: Subject) -> TorchBuild | None:
+def _torch(subject: Subject) -> InstalledTorch | None:
     """The env's torch; before there is an env, the one that the machine provides."""
     if subject.env:
         return read_torch(subject.import_path)
-    provided = find_provided(subject.recipe) if subject.recipe else None
+    provided = find_provided(subject.recipe, subject.lock) if subject.recipe else None
     return read_torch(map(Path, provided.site_packages)) if provided else None
 
 
