@@ -20,7 +20,7 @@ from envbuilder.machine import TorchBuild
 from envbuilder.model import BundleRecord, ProvidedPackages
 from envbuilder.process import run
 from envbuilder.recipe import Recipe, TargetSpec
-from envbuilder.target import provided_fault
+from envbuilder.target import lock_for_this_machine, provided_fault
 
 _TIMEOUT_S = 120.0
 """Of an interpreter that tells about itself; a busy shared disk takes its time, a hung one for ever."""
@@ -185,10 +185,7 @@ def check_interpreter(interpreter: Interpreter, target: TargetSpec, bundle: Bund
             f"--python {interpreter.minor}; or give --python PATH of a CPython {bundle.python}.",
             context={"expected": bundle.python, "got": interpreter.version, "python": interpreter.path},
         )
-    remedy = (
-        "On this machine: envbuilder probe --output target.json; on the login node: "
-        f"envbuilder lock recipes/{bundle.recipe}.toml --target target.json"
-    )
+    remedy = lock_for_this_machine(bundle.recipe)
     if interpreter.machine != target.machine:
         raise MismatchError(
             f"The lock {bundle.recipe} is for {target.machine}, and this machine is {interpreter.machine}.",
@@ -204,38 +201,49 @@ def check_interpreter(interpreter: Interpreter, target: TargetSpec, bundle: Bund
         )
 
 
-def find_provided(recipe: Recipe, python_override: Path | None = None) -> ProvidedPackages | None:
+def find_provided(
+    recipe: Recipe, lock: SourceLock | None, python_override: Path | None = None
+) -> ProvidedPackages | None:
     """The packages that the recipe takes from the machine, as the provider's interpreter has them.
 
     None if the recipe has no [provided]. `python_override` stands in for the recipe's interpreter.
-    MismatchError where a package is missing or of a version that the recipe doesn't admit; a local version
-    ("+cu130") is not compared.
+    MismatchError where a package is missing or of a version that the recipe doesn't admit, or that `lock` was
+    not made for: it may be narrowed to a probed machine. A local version ("+cu130") is compared only where
+    the recipe names one.
     """
     if recipe.provided is None:
         return None
     python = find_interpreter(python_override or Path(recipe.provided.python))
-    requirements = [Requirement(text) for text in recipe.provided.packages]
-    names = [canonicalize_name(requirement.name) for requirement in requirements]
-    answer = _find(python, names)
+    answer = _find(python, sorted(recipe.provided_names))
     versions: dict[str, str] = answer["versions"]
-    faults = [
-        fault
-        for name, requirement in zip(names, requirements, strict=True)
-        if (fault := provided_fault(requirement, versions.get(name)))
-    ]
-    if faults:
-        raise MismatchError(
-            f"{python} doesn't provide what the recipe {recipe.name} takes from the machine: "
-            f"{'; '.join(faults)}.",
-            remedy="Load the module or activate the environment that has them, "
-            f"or: envbuilder compile recipes/{recipe.name}.toml --local --python PATH",
-            context={"python": python, "expected": ", ".join(recipe.provided.packages)},
-        )
+    other_module = (
+        "Load the module or activate the environment that has them, "
+        f"or: envbuilder compile recipes/{recipe.name}.toml --local --python PATH"
+    )
+    for who, texts, remedy in (
+        ("recipe", recipe.provided.packages, other_module),
+        ("lock", lock.provided if lock else (), lock_for_this_machine(recipe.name)),
+    ):
+        if faults := _provided_faults(texts, versions):
+            raise MismatchError(
+                f"{python} doesn't provide what the {who} {recipe.name} takes from the machine: "
+                f"{'; '.join(faults)}.",
+                remedy=remedy,
+                context={"python": python, "expected": ", ".join(texts)},
+            )
     return ProvidedPackages(
         python=str(python),
         site_packages=tuple(answer["folders"]),
         versions=versions,
     )
+
+
+def _provided_faults(requirements: Sequence[str], versions: Mapping[str, str]) -> list[str]:
+    faults = (
+        provided_fault(requirement, versions.get(canonicalize_name(requirement.name)))
+        for requirement in map(Requirement, requirements)
+    )
+    return [fault for fault in faults if fault]
 
 
 def _find(python: Path, names: Sequence[str]) -> dict[str, Any]:

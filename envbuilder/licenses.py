@@ -1,6 +1,6 @@
 """The licence of a package, as its own metadata names it: SPDX where it can be, else its author's words.
 
-What is stated is passed on, never judged: a lock is no legal opinion.
+Pure. What is stated is passed on, never judged: a lock is no legal opinion.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from packaging.metadata import parse_email
-
-from envbuilder.index import Index, IndexFile
 
 _SHORT = 100
 """Characters of a License field that is a name; longer ones are whole licence texts."""
@@ -43,13 +41,6 @@ _CLASSIFIED = {
 """Classifiers that stand for one SPDX identifier; others, as "BSD License", leave open which."""
 
 
-def license_of(index: Index, file: IndexFile) -> str | None:
-    """The licence of the wheel `file`, which is not downloaded; None where its metadata names none, or can't
-    be read. NetworkError where the index fails."""
-    metadata = index.metadata(file)
-    return None if metadata is None else stated_license(metadata)
-
-
 def stated_license(metadata: bytes) -> str | None:
     """The licence that a METADATA or PKG-INFO file states."""
     fields, _ = parse_email(metadata)
@@ -61,16 +52,12 @@ def stated_license(metadata: bytes) -> str | None:
 def license_name(expression: str | None, text: str | None, classifiers: Sequence[str]) -> str | None:
     """The licence that these fields state: the License-Expression (PEP 639), else the License field if it is
     a name and no whole text, else the classifiers."""
-    if name := _one_line(expression):
+    if expression and (name := " ".join(expression.split())):
         return _spdx(name)
-    if (name := _one_line(text)) and name.upper() != "UNKNOWN":
+    name = (text or "").strip()
+    if name.upper() not in ("", "UNKNOWN") and "\n" not in name and len(name) <= _SHORT:
         return _spdx(name)
     return _classified(classifiers)
-
-
-def _one_line(text: str | None) -> str:
-    stripped = (text or "").strip()
-    return "" if "\n" in stripped or len(stripped) > _SHORT else stripped
 
 
 def _spdx(name: str) -> str:

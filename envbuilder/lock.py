@@ -29,6 +29,7 @@ from packaging.pylock import (
     PylockSelectError,
     PylockValidationError,
 )
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from envbuilder.errors import InputError, MismatchError
@@ -320,6 +321,8 @@ def _model(table: Mapping[str, Any]) -> LockedModel:
 def _check_tables(lock: SourceLock) -> None:
     """KeyError, TypeError or ValueError where something is missing, weak, or leads out of a bundle."""
     TargetSpec.model_validate(lock.target)
+    for text in lock.provided:
+        Requirement(text)
     for model in lock.models:
         if not re.fullmatch(r"[0-9a-f]{40}", model.commit):
             raise ValueError(f"model {model.name} has no full commit")

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from envbuilder.licenses import license_name
+
 # PEP 517: what builds a project without a pyproject.toml, or with one that names no requirements.
 _LEGACY_BUILD_REQUIRES = ("setuptools", "wheel")
-_LONGEST_LICENSE = 100
-"""Characters; a longer one is the licence's text and not its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,6 @@ def read_pyproject(text: str) -> tuple[StaticProject | None, tuple[str, ...]]:
     build_system = _table(table, "build-system")
     requires = _texts(build_system.get("requires", _LEGACY_BUILD_REQUIRES), "build-system.requires")
     return _static_project(_table(table, "project")) if "project" in table else None, requires
-
-
-def license_name(
-    expression: object, text: object, classifiers: Iterator[str] | tuple[str, ...] | list[str]
-) -> str | None:
-    """What to call a licence: the SPDX expression, a name given as text, or the classifiers' last parts."""
-    if isinstance(expression, str) and expression:
-        return expression
-    short = text.strip() if isinstance(text, str) else ""
-    if short.upper() not in ("", "UNKNOWN") and "\n" not in short and len(short) <= _LONGEST_LICENSE:
-        return short
-    named = [item.rpartition("::")[2].strip() for item in classifiers if item.startswith("License ::")]
-    return "; ".join(named) or None
 
 
 def setup_requires(source: bytes) -> tuple[str, ...] | None:
@@ -76,6 +63,7 @@ def _static_project(table: Mapping[str, Any]) -> StaticProject:
                 _of_extra(text, extra) for text in _texts(texts, "project.optional-dependencies")
             )
     license_ = table.get("license")
+    expression = license_ if isinstance(license_, str) else None
     stated = license_.get("text") if isinstance(license_, dict) else None
     classifiers = _texts(table.get("classifiers", ()), "project.classifiers")
     return StaticProject(
@@ -83,7 +71,7 @@ def _static_project(table: Mapping[str, Any]) -> StaticProject:
         version if "version" not in dynamic else None,
         requires,
         "optional-dependencies" in dynamic,
-        license_name(license_, stated, classifiers),
+        license_name(expression, stated if isinstance(stated, str) else None, classifiers),
     )
 
 

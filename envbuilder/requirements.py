@@ -1,4 +1,4 @@
-"""What this version of envbuilder and of its trainer need, by the distribution's own metadata; and every build."""
+"""What every build needs, and this version of envbuilder and of its trainer by their distribution's metadata."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from envbuilder.errors import InputError
-from envbuilder.project_files import StaticProject, license_name, read_pyproject, setup_requires
+from envbuilder.licenses import license_name
+from envbuilder.project_files import StaticProject, read_pyproject, setup_requires
 
 _MEMBERS = 200_000
 """Most members that an archive may have."""
@@ -44,7 +45,7 @@ class SdistMetadata:
     build_requires: tuple[str, ...]
     """`build-system.requires` of pyproject.toml, and the setup_requires that a setup.py writes out."""
     license: str | None
-    """SPDX expression, else the name that it is given, else the licence classifiers' last parts."""
+    """SPDX expression, else the name that it is given, else what the licence classifiers say."""
     source: str
     """Where `requires` is from: "recipe", "PKG-INFO", "pyproject.toml", or the path of a requires.txt."""
     note: str | None

@@ -104,6 +104,14 @@ def narrow_target(recipe: Recipe, machine: MachineRecord) -> Recipe:
     return recipe.model_copy(update={"target": spec} | _pinned(recipe, machine))
 
 
+def lock_for_this_machine(recipe: str) -> str:
+    """What to type where the lock of `recipe` is not for the machine at hand."""
+    return (
+        f"On this machine: envbuilder probe --recipe recipes/{recipe}.toml --output target.json; "
+        f"on the login node: envbuilder lock recipes/{recipe}.toml --target target.json"
+    )
+
+
 def _admitted_python(recipe: Recipe, machine: MachineRecord) -> str:
     """The machine's minor Python version; MismatchError where it is not one that `recipe` admits."""
     found = machine.interpreter

@@ -91,7 +91,7 @@ def test_a_machine_that_the_bundle_is_not_for_is_a_mismatch() -> None:
 
 def test_provided_packages_are_found_with_their_folders(tmp_path: Path) -> None:
     python = venv_with(tmp_path / "provider", "Torch_Like", "2.11.0+cu130")
-    found = find_provided(recipe_with(python, "torch-like==2.11.0"))
+    found = find_provided(recipe_with(python, "torch-like==2.11.0"), None)
     assert found is not None
     assert found.versions == {"torch-like": "2.11.0+cu130"}
     assert found.python == str(python)
@@ -104,7 +104,7 @@ def test_packages_that_a_module_brings_by_pythonpath_are_found(
     venv_with(tmp_path / "module", "torch_like", "2.11.0")
     folder = tmp_path / "module" / "lib" / f"python{MINOR}" / "site-packages"
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    found = find_provided(recipe_with(venv_with(tmp_path / "bare", "x", "1"), "torch-like"))
+    found = find_provided(recipe_with(venv_with(tmp_path / "bare", "x", "1"), "torch-like"), None)
     assert found is not None
     assert str(folder) in found.site_packages
 
@@ -126,25 +126,25 @@ def test_a_local_version_is_not_compared_unless_it_is_asked_for(
 ) -> None:
     recipe = recipe_with(venv_with(tmp_path / "venv", "torch", version), f"torch{requirement}")
     if admitted:
-        found = find_provided(recipe)
+        found = find_provided(recipe, None)
         assert found is not None
         assert found.versions == {"torch": version}
     else:
         with pytest.raises(MismatchError, match=f"torch is {version.replace('+', '.')}, not"):
-            find_provided(recipe)
+            find_provided(recipe, None)
 
 
 def test_every_missing_package_is_named(tmp_path: Path) -> None:
     python = venv_with(tmp_path / "venv", "x", "1")
     with pytest.raises(MismatchError, match="torch is missing; triton is missing"):
-        find_provided(recipe_with("unused", "torch", "triton"), python)
+        find_provided(recipe_with("unused", "torch", "triton"), None, python)
 
 
 def test_a_provider_that_is_not_there_is_a_mismatch() -> None:
     with pytest.raises(MismatchError, match="There is no interpreter no-such-python"):
-        find_provided(recipe_with("no-such-python", "torch"))
+        find_provided(recipe_with("no-such-python", "torch"), None)
 
 
 def test_a_recipe_that_takes_nothing_from_the_machine_has_no_provider() -> None:
     recipe = Recipe.model_validate({"name": "lab", "requirements": ["x"]})
-    assert find_provided(recipe) is None
+    assert find_provided(recipe, None) is None

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from envbuilder.index import Index
-from envbuilder.licenses import license_of, stated_license
+from envbuilder.index import Index, license_of
+from envbuilder.licenses import stated_license
 from tests.lab.index_server import IndexServer, loopback_client
 from tests.lab.packages import make_wheel
 
+LONG = " AND ".join(["Apache-2.0", "BSD-3-Clause", "MIT", "Zlib"] * 6)
 MIT = "Classifier: License :: OSI Approved :: MIT License"
 
 
@@ -19,6 +20,7 @@ MIT = "Classifier: License :: OSI Approved :: MIT License"
     [
         (["License-Expression: mit OR apache-2.0", "License: BSD"], "MIT OR Apache-2.0"),
         (["License-Expression: LicenseRef-Proprietary"], "LicenseRef-Proprietary"),
+        (["License-Expression: " + LONG], LONG),
         (["License: bsd-3-clause", MIT], "BSD-3-Clause"),
         (["License: Apache 2.0 License"], "Apache 2.0 License"),
         (["License: UNKNOWN", MIT], "MIT"),

@@ -152,7 +152,9 @@ def test_a_lock_that_is_no_text_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_lock_depends_on_changes_the_digest(change: dict[str, object]) -> None:
-    assert recipe_digest(recipe(**change), ["torch"], ["uv"], {}) != recipe_digest(recipe(), ["torch"], ["uv"], {})
+    assert recipe_digest(recipe(**change), ["torch"], ["uv"], {}) != recipe_digest(
+        recipe(), ["torch"], ["uv"], {}
+    )
 
 
 def test_what_a_lock_does_not_depend_on_leaves_the_digest() -> None:

@@ -57,4 +57,4 @@ def test_install_refuses_a_lock_of_another_machine(tmp_path: Path) -> None:
         install_env(
             RECIPE, bundle, root=Root(tmp_path / "root"), python=Path(sys.executable), reporter=Quiet()
         )
-    assert "envbuilder probe --output target.json" in caught.value.remedy
+    assert "envbuilder probe --recipe recipes/tiny.toml --output target.json" in caught.value.remedy

@@ -304,14 +304,14 @@ def test_a_broken_project_table_is_refused(tmp_path: Path, project: str) -> None
     [
         ("License-Expression: Apache-2.0\nLicense: other\n", "Apache-2.0"),
         ("License: BSD 3-Clause\nClassifier: License :: OSI Approved :: MIT License\n", "BSD 3-Clause"),
-        ("License: Long\n        text\nClassifier: License :: OSI Approved :: MIT License\n", "MIT License"),
+        ("License: Long\n        text\nClassifier: License :: OSI Approved :: MIT License\n", "MIT"),
         (f"License: {'x' * 500}\n", None),
         ("License: UNKNOWN\n", None),
         (
             "Classifier: License :: OSI Approved :: MIT License\n"
             "Classifier: Programming Language :: C++\n"
             "Classifier: License :: OSI Approved :: BSD License\n",
-            "MIT License; BSD License",
+            "MIT, BSD License",
         ),
         ("", None),
     ],
@@ -332,7 +332,7 @@ def test_the_license_is_its_expression_else_its_name_else_its_classifiers(
         ('license = {text = "BSD"}', "BSD"),
         (
             'license = {file = "LICENSE"}\nclassifiers = ["License :: OSI Approved :: MIT License"]',
-            "MIT License",
+            "MIT",
         ),
         ("", None),
     ],

@@ -30,4 +30,6 @@ def _available_memory(system: Path) -> float:
     except OSError:
         return math.inf
     # proc_meminfo(5) counts in KiB.
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+    return next(
+        (float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf
+    )

@@ -156,9 +156,7 @@ def compile_recipe(
     return CompileReport(tuple(wheels[sdist] for sdist in sdists), reused, time.monotonic() - began)
 
 
-def _inspect_machine(
-    recipe: Recipe, lock: SourceLock, interpreter: Interpreter, python: Path
-) -> _Machine:
+def _inspect_machine(recipe: Recipe, lock: SourceLock, interpreter: Interpreter, python: Path) -> _Machine:
     compiler = find_host_compiler(os.environ)
     if (
         any(build.modules for build in recipe.build.values())

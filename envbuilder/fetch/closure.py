@@ -226,13 +226,12 @@ class _Proof:
     def _provided(self, group: Group) -> dict[str, str | None]:
         """What the machine provides → the version that the lock was made for, if it names one."""
         # The tool runs on its own, without the machine's packages.
-        requirements = map(Requirement, self.recipe.provided.packages if self.recipe.provided else ())
         return {
             canonicalize_name(requirement.name): next(
                 (s.version for s in requirement.specifier if s.operator == "==" and "*" not in s.version),
                 None,
             )
-            for requirement in requirements
+            for requirement in map(Requirement, self.lock.provided)
             if group != "tool"
         }
 

@@ -12,8 +12,7 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from packaging.version import Version
 
 from envbuilder.errors import InputError
-from envbuilder.index import DEFAULT_INDEX, Index, IndexFile
-from envbuilder.licenses import license_of
+from envbuilder.index import DEFAULT_INDEX, Index, IndexFile, license_of
 from envbuilder.lock import Group, LockedFile, LockedPatch
 from envbuilder.lock_text import LockEntry
 from envbuilder.recipe import Recipe

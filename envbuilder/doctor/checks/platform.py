@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, warning
 from envbuilder.doctor.subject import Subject
-from envbuilder.recipe import TargetSpec
+from envbuilder.recipe import Recipe, TargetSpec
 from envbuilder.report import Reporter
 from envbuilder.sandbox import find_sandbox
-from envbuilder.target import python_versions
+from envbuilder.target import lock_for_this_machine, python_versions
 
 
 def check_interpreter(subject: Subject, reporter: Reporter) -> Outcome:
@@ -40,7 +40,7 @@ def check_glibc(subject: Subject, reporter: Reporter) -> Outcome:
     if _numbers(found) < _numbers(wanted):
         return failed(
             f"glibc {found} is older than the {wanted} that the lock's wheels may need.",
-            remedy=_lock_for_this_machine(subject),
+            remedy=lock_for_this_machine(_recipe(subject).name),
         )
     return ok(f"glibc {found} is no older than the {wanted} of the lock.")
 
@@ -51,7 +51,7 @@ def check_machine(subject: Subject, reporter: Reporter) -> Outcome:
     if found != wanted:
         return failed(
             f"This machine is {found}, and the lock's files are for {wanted}.",
-            remedy=_lock_for_this_machine(subject),
+            remedy=lock_for_this_machine(_recipe(subject).name),
         )
     return ok(f"This machine is {found}, as the lock says.")
 
@@ -67,19 +67,16 @@ def check_namespaces(subject: Subject, reporter: Reporter) -> Outcome:
     return ok("Network namespaces can be made here, so builds run without network.")
 
 
-def _lock_for_this_machine(subject: Subject) -> str:
-    return (
-        "Here: envbuilder probe --output target.json; on the login node: "
-        f"envbuilder lock {subject.recipe_file} --target target.json"
-    )
-
-
 def _target(subject: Subject) -> TargetSpec:
     """The lock's, which may be for one probed machine; without a lock, the recipe's."""
     if subject.lock is not None:
         return subject.lock.target
+    return _recipe(subject).target
+
+
+def _recipe(subject: Subject) -> Recipe:
     assert subject.recipe is not None, "these checks need a recipe"
-    return subject.recipe.target
+    return subject.recipe
 
 
 def _numbers(version: str) -> tuple[int, ...]:
