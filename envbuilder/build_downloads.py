@@ -12,8 +12,8 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from envbuilder.bundle import path_in
 from envbuilder.download_scan import BuildDownload, Switch, scan_sdist
-from envbuilder.errors import MismatchError
 from envbuilder.lock import FILES, SourceLock
 from envbuilder.recipe import Recipe, SourceBuild
 from envbuilder.report import Reporter
@@ -47,13 +47,7 @@ def downloads_of(
     for file in lock.select(target, ("runtime",)):
         if not file.is_sdist:
             continue
-        path = bundle / FILES / file.filename
-        if not path.is_file():
-            raise MismatchError(
-                f"The bundle {bundle} lacks {file.filename}.",
-                remedy=f"envbuilder fetch recipes/{recipe.name}.toml",
-                context={"file": path},
-            )
+        path = path_in(bundle, f"{FILES}/{file.filename}", recipe=recipe.name)
         environment = recipe.build.get(file.package, SourceBuild()).env
         for download in scan_sdist(path):
             if download.requires:

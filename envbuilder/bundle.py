@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +23,7 @@ _CHUNK = 1 << 20
 
 
 def open_bundle(root: Root, name: str) -> Bundle:
-    """The bundle of recipe `name`; MismatchError if it is missing or incomplete.
+    """The bundle of recipe `name`; MismatchError if it is missing, incomplete, or anybody's to change.
 
     The lock's text is checked here, the files when they are used (`copy_verified`).
     """
@@ -31,6 +32,7 @@ def open_bundle(root: Root, name: str) -> Bundle:
     if not (folder / RECORD).exists():
         state = "is incomplete" if folder.exists() else "does not exist"
         raise MismatchError(f"The bundle {folder} {state}.", remedy=remedy, context={"bundle": folder})
+    check_folders(folder)
     record = read_record(folder / RECORD, BundleRecord, remedy=remedy)
     lock_file = folder / lock_filename(name)
     text = lock_file.read_bytes() if lock_file.exists() else b""
@@ -39,13 +41,31 @@ def open_bundle(root: Root, name: str) -> Bundle:
     return Bundle(path=folder, record=record, lock=parse_lock(name, text.decode()))
 
 
+def check_folders(folder: Path) -> None:
+    """MismatchError if everybody on the machine may write into the bundle in `folder`: its lock and record,
+    which vouch for all else, would be anybody's."""
+    inside = (path for path in folder.rglob("*") if path.is_dir())
+    for part in (folder.parent, folder, *inside):
+        if part.is_dir() and part.stat().st_mode & stat.S_IWOTH:
+            raise MismatchError(
+                f"Everybody may write into {part}.",
+                remedy=f"chmod o-w {part}",
+                context={"folder": part, "mode": stat.filemode(part.stat().st_mode)},
+            )
+
+
 def bundle_file(bundle: Bundle, file: LockedFile) -> Path:
     """Where `file` lies in `bundle`; MismatchError if it isn't there. Its bytes are not read."""
-    path = bundle.path / FILES / file.filename
+    return path_in(bundle.path, f"{FILES}/{file.filename}", recipe=bundle.record.recipe)
+
+
+def path_in(folder: Path, name: str, *, recipe: str) -> Path:
+    """Where the file `name` of the bundle in `folder` lies; MismatchError if it isn't there."""
+    path = folder / name
     if not path.is_file():
         raise MismatchError(
-            f"The bundle {bundle.path} lacks {file.filename}.",
-            remedy=f"envbuilder fetch recipes/{bundle.record.recipe}.toml",
+            f"The bundle {folder} lacks {name}.",
+            remedy=f"envbuilder fetch recipes/{recipe}.toml",
             context={"file": path},
         )
     return path

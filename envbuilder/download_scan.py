@@ -9,9 +9,7 @@ tools. What a build puts together at run time can't be seen; what is there but n
 from __future__ import annotations
 
 import re
-import tarfile
 import tomllib
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,14 +20,10 @@ from typing import Literal
 
 from packaging.utils import canonicalize_name, parse_sdist_filename
 
+from envbuilder.archive import archive_members
 from envbuilder.download_calls import PythonFindings, scan_python, scan_shell
 from envbuilder.download_manifests import is_for_tests, scan_cmake, scan_manifests
-from envbuilder.errors import InputError
 
-_MEMBERS = 200_000
-"""Most members that an sdist may have."""
-_UNPACKED = 4 << 30
-"""Most bytes that its members may add up to."""
 _FILE = 2 << 20
 """Most bytes of a file that is looked at."""
 _KEPT = 128 << 20
@@ -253,34 +247,17 @@ def _read(path: Path) -> tuple[frozenset[str], dict[str, bytes]]:
     """The paths of all files of the archive below its top folder, and the bytes of those looked at."""
     names: set[str] = set()
     texts: dict[str, bytes] = {}
-    unpacked = kept = 0
-    try:
-        with tarfile.open(path, mode="r|gz") as archive:
-            for count, member in enumerate(archive):
-                unpacked += member.size
-                if count >= _MEMBERS or unpacked > _UNPACKED:
-                    raise _unsound(path, "it is far too large")
-                inner = member.name.removeprefix("./").partition("/")[2]
-                if not member.isfile() or not inner:
-                    continue
-                names.add(inner)
-                if _LOOKED_AT.fullmatch(inner) and member.size <= _FILE and kept + member.size <= _KEPT:
-                    reader = archive.extractfile(member)
-                    assert reader is not None  # a plain file has one
-                    texts[inner] = reader.read()
-                    kept += member.size
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise _unsound(path, error) from error
+    kept = 0
+    with archive_members(path) as members:
+        for member in members:
+            if not member.is_file:
+                continue
+            names.add(member.path)
+            if _LOOKED_AT.fullmatch(member.path) and member.size <= _FILE and kept + member.size <= _KEPT:
+                texts[member.path] = member.read()
+                kept += member.size
     return frozenset(names), texts
 
 
 def _text(content: bytes) -> str:
     return content.decode("utf-8", errors="replace")
-
-
-def _unsound(path: Path, why: object) -> InputError:
-    return InputError(
-        f"{path.name} is not an sdist that can be read: {why}.",
-        remedy="Pick another version of the package in the recipe.",
-        context={"file": path},
-    )

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from envbuilder.archive import LARGEST, MOST_FILES
 from envbuilder.atomic import make_folder, new_file
 from envbuilder.errors import InputError, IntegrityError
 from envbuilder.git_repository import Blobs, Repository, TreeEntry, open_repository
@@ -23,9 +24,6 @@ from envbuilder.lock import LockedTree
 from envbuilder.recipe import GitSource
 from envbuilder.source_archive import SourceArchive, source_archive
 
-_LARGEST = 4 << 30
-"""Bytes that a tree may have; what is locked must unpack within the same limit."""
-_MOST_FILES = 200_000
 _DEEPEST = 10
 """Submodules within submodules."""
 _LFS_POINTER = re.compile(
@@ -107,9 +105,9 @@ class SourceTree:
         if not chosen:
             raise self._refusal(f"there is no folder {self._subdirectory!r} in it")
         size = sum(entry.size for entry in chosen.values())
-        if size > _LARGEST or len(chosen) > _MOST_FILES:
+        if size > LARGEST or len(chosen) > MOST_FILES:
             raise self._refusal(
-                f"{len(chosen):,} files of {size:,} bytes are more than {_MOST_FILES:,} of {_LARGEST:,}"
+                f"{len(chosen):,} files of {size:,} bytes are more than {MOST_FILES:,} of {LARGEST:,}"
             )
         pointers: list[str] = []
         with (

@@ -12,10 +12,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from envbuilder.errors import IntegrityError, NetworkError
 from envbuilder.hub_files import ModelRepository, choose_files
-from envbuilder.hub_http import HubHttp, open_hub_http, shown
+from envbuilder.hub_http import HubHttp, open_hub_http
 from envbuilder.lock import LockedModel, LockedModelFile
 from envbuilder.recipe import ModelSpec
 from envbuilder.report import Reporter
+from envbuilder.urls import shown
 
 _LARGEST_ANSWER = 64 << 20
 """Bytes of an answer of the hub's API."""

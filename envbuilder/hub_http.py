@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
@@ -18,12 +17,10 @@ from huggingface_hub import constants
 
 from envbuilder.errors import InputError, NetworkError
 from envbuilder.index import open_client
+from envbuilder.index.asking import Unanswered, ask
+from envbuilder.urls import shown
 
-_PAUSES = (0.2, 0.5, 1.0)
-"""Seconds to wait before each further try."""
-_LONGEST_PAUSE = 60.0
-"""Seconds of a Retry-After that are honoured."""
-_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_RETRIES = 3
 _EXPORT_TOKEN = "export HF_TOKEN=…"
 
 
@@ -49,29 +46,17 @@ class HubHttp:
 
     def get(self, url: str, repo: str, what: str, limit: int) -> bytes:
         """The body at `url`, `what` of `repo`, if that has at most `limit` bytes; else NetworkError."""
-        for pause in (*_PAUSES, None):
-            retry_after = ""
-            try:
-                with self.client.stream("GET", url) as response:
-                    if response.is_success:
-                        return _body(response, limit)
-                    if response.status_code not in _BUSY:
-                        raise self._refusal(response, repo, what)
-                    reason = f"status {response.status_code}"
-                    retry_after = str(response.headers.get("Retry-After", ""))
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                reason = str(error) or type(error).__name__
-                if not isinstance(error, httpx.TransportError):
-                    break
-            if pause is None:
-                break
-            time.sleep(min(float(retry_after), _LONGEST_PAUSE) if retry_after.isdecimal() else pause)
-        raise NetworkError(
-            f"The hub doesn't give {what} of {repo}: {reason.rstrip('.')}.",
-            remedy="Check the network and the proxy (pip config list), then run the same command again; for "
-            "another hub: export HF_ENDPOINT=URL",
-            context={"url": shown(url)},
-        )
+        try:
+            return ask(self.client, "GET", url, retries=_RETRIES, headers={"Accept": "*/*"}, most=limit).body
+        except Unanswered as error:
+            if error.refusal is not None:
+                raise self._refusal(error.refusal, repo, what) from error
+            raise NetworkError(
+                f"The hub doesn't give {what} of {repo}: {str(error).rstrip('.')}.",
+                remedy="Check the network and the proxy (pip config list), then run the same command again; "
+                "for another hub: export HF_ENDPOINT=URL",
+                context={"url": shown(url)},
+            ) from error
 
     def _refusal(self, response: httpx.Response, repo: str, what: str) -> NetworkError:
         """Why the hub refuses. It doesn't even tell strangers that a private repository exists."""
@@ -155,19 +140,5 @@ def _token() -> str | None:
     return token or None
 
 
-def _body(response: httpx.Response, limit: int) -> bytes:
-    body = bytearray()
-    for chunk in response.iter_bytes():
-        body += chunk
-        if len(body) > limit:
-            raise httpx.DecodingError(f"more than {limit:,} bytes", request=response.request)
-    return bytes(body)
-
-
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
-
-
-def shown(url: str) -> str:
-    """`url` without its credentials and query, which may be a signature."""
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url)[0])

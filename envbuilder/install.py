@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from envbuilder.atomic import fsync_folder, make_folder, write_atomically, writing
-from envbuilder.bundle import TOOL, bundle_file
+from envbuilder.bundle import TOOL, bundle_file, path_in
 from envbuilder.envlock import ENV_LOCK, WheelFile, bundle_wheel, env_lock_text
 from envbuilder.errors import IntegrityError, MismatchError
 from envbuilder.gpu import wanted_capabilities
@@ -131,13 +131,7 @@ def _trainer_wheel(bundle: Bundle) -> WheelFile | None:
     name, sha256 = bundle.record.trainer_wheel, bundle.record.trainer_sha256
     if name is None or sha256 is None:
         return None
-    path = bundle.path / TOOL / name
-    if not path.is_file():
-        raise MismatchError(
-            f"The bundle {bundle.path} lacks the trainer's wheel.",
-            remedy=f"envbuilder fetch recipes/{bundle.record.recipe}.toml",
-            context={"file": path},
-        )
+    path = path_in(bundle.path, f"{TOOL}/{name}", recipe=bundle.record.recipe)
     distribution, version, *_ = name.split("-")
     package = InstalledPackage(
         name=distribution.replace("_", "-"), version=version, wheel=name, sha256=sha256, origin="tool"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-from packaging.metadata import parse_email
+from packaging.metadata import RawMetadata, parse_email
 
 _SHORT = 100
 """Characters of a License field that is a name; longer ones are whole licence texts."""
@@ -43,9 +43,13 @@ _CLASSIFIED = {
 
 def stated_license(metadata: bytes) -> str | None:
     """The licence that a METADATA or PKG-INFO file states."""
-    fields, _ = parse_email(metadata)
+    return license_in(parse_email(metadata)[0])
+
+
+def license_in(metadata: RawMetadata) -> str | None:
+    """The licence that core metadata names."""
     return license_name(
-        fields.get("license_expression"), fields.get("license"), fields.get("classifiers", [])
+        metadata.get("license_expression"), metadata.get("license"), metadata.get("classifiers", [])
     )
 
 

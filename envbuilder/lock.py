@@ -7,7 +7,8 @@ names its index, and `path` is where the file lies in a bundle. Three dependency
 - `build`: what compiles the source packages, the CUDA toolchain among it;
 - `tool`: envbuilder itself needs these on the compute node.
 
-One version of a package serves all groups. `[tool.envbuilder]` holds what PEP 751 has no word for.
+One version of a package serves all groups, unless none suits both the tool and the rest. `[tool.envbuilder]`
+holds what PEP 751 has no word for.
 """
 
 from __future__ import annotations
@@ -170,23 +171,26 @@ class SourceLock:
         return {}
 
     def select(self, target: Target, groups: Iterable[Group] = ("runtime",)) -> tuple[LockedFile, ...]:
-        """The files to install on `target`, one for each package, by the rules of PEP 751.
+        """The files that `groups` install on `target`, one a package in each group, by the rules of PEP 751.
 
         MismatchError where a package has no file that `target` can take.
         """
         try:
-            chosen = list(
-                self.pylock.select(
-                    environment=target.environment, tags=target.tags, dependency_groups=tuple(groups)
+            # Each group by itself: the tool may have another version of a package than the rest.
+            chosen = [
+                (package, source)
+                for group in groups
+                for package, source in self.pylock.select(
+                    environment=target.environment, tags=target.tags, dependency_groups=(group,)
                 )
-            )
+            ]
         except PylockSelectError as error:
             raise MismatchError(
                 f"The lock {self.name} can't serve Python {target.python}: {error}.",
                 remedy=f"envbuilder lock recipes/{self.name}.toml",
                 context={"lock": lock_filename(self.name), "python": target.python},
             ) from error
-        return tuple(self._file(package, source) for package, source in chosen)
+        return tuple(dict.fromkeys(self._file(package, source) for package, source in chosen))
 
     def _file(self, package: Package, source: object) -> LockedFile:
         # parse_lock has refused all other kinds of source.

@@ -18,18 +18,18 @@ import httpx
 from envbuilder.errors import InputError
 from envbuilder.hub import Hub
 from envbuilder.index import DEFAULT_INDEX, Index
-from envbuilder.lock import LockedModel, LockedPatch, SourceLock, recipe_digest
+from envbuilder.lock import LockedModel, LockedPatch, SourceLock
 from envbuilder.lock_text import compose_lock
 from envbuilder.machine import MachineRecord
 from envbuilder.patches import locked_patches
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import tool_requires, trainer_requires
+from envbuilder.requirements import current_digest
 from envbuilder.resolve import Resolver
 from envbuilder.resolve.files import choose_files
-from envbuilder.resolve.groups import resolve_groups
+from envbuilder.resolve.groups import choose_sources, resolve_groups
 from envbuilder.resolve.kept import kept_version, kept_versions
-from envbuilder.resolve.sources import read_source
+from envbuilder.resolve.sources import offered_sdists, read_source
 from envbuilder.target import narrow_target, python_versions
 
 
@@ -70,17 +70,24 @@ def make_lock(
     elif kept and kept.target != recipe.target:
         reporter.note("The lock so far was for another target than the recipe's own [target], as it is now.")
     versions = kept_versions(kept, recipe.target, upgrade - recipe.model.keys())
+    index_of = {name: indexes[recipe.index.get(name, DEFAULT_INDEX)] for name in sorted(recipe.build)}
+    chosen = choose_sources(
+        recipe,
+        {
+            name: _offered_versions(recipe, name, index, kept_version(versions, name))
+            for name, index in index_of.items()
+            if recipe.build[name].git is None
+        },
+        resolver=resolver,
+        indexes=indexes,
+        cache=cache,
+        reporter=reporter,
+    )
     sources = {
         name: read_source(
-            recipe,
-            name,
-            index=indexes[recipe.index.get(name, DEFAULT_INDEX)],
-            client=client,
-            cache=cache,
-            kept=kept_version(versions, name),
-            reporter=reporter,
+            recipe, name, index=index, client=client, cache=cache, kept=chosen.get(name), reporter=reporter
         )
-        for name in sorted(recipe.build)
+        for name, index in index_of.items()
     }
     resolution = resolve_groups(
         recipe, sources, resolver=resolver, indexes=indexes, cache=cache, reporter=reporter, kept=versions
@@ -97,10 +104,10 @@ def make_lock(
     )
 
 
-def current_digest(recipe: Recipe, patches: Sequence[LockedPatch]) -> str:
-    """`lock.recipe_digest` of `recipe` with these patches, for this version of the tool."""
-    hashes = {patch.path: patch.sha256 for patch in patches}
-    return recipe_digest(recipe, trainer_requires(), tool_requires(), hashes)
+def _offered_versions(recipe: Recipe, name: str, index: Index, kept: str | None) -> tuple[str, ...]:
+    """The versions of which an sdist may be taken, newest first; `kept` alone if it is one of them."""
+    offered = tuple(offered_sdists(recipe, name, index))
+    return (kept,) if kept is not None and kept in offered else offered
 
 
 def _lock_models(

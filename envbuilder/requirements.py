@@ -1,10 +1,14 @@
-"""What every build needs, and this version of envbuilder and of its trainer by their distribution's metadata."""
+"""What every build needs, and what this version of envbuilder and of its trainer says that it needs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
+
+from envbuilder.lock import LockedPatch, recipe_digest
+from envbuilder.recipe import Recipe
 
 BUILD_TOOLS = ("ninja", "setuptools", "wheel")
 """What torch's extension builder and every setup.py use without saying so."""
@@ -18,6 +22,12 @@ def tool_requires() -> tuple[str, ...]:
 def trainer_requires() -> tuple[str, ...]:
     """Requirements of the trainer that `install` puts into an env."""
     return tuple(text.split(";")[0].strip() for text in _requires() if "trainer" in _extras(text))
+
+
+def current_digest(recipe: Recipe, patches: Sequence[LockedPatch]) -> str:
+    """`lock.recipe_digest` of `recipe` with these patches, for this version of the tool."""
+    hashes = {patch.path: patch.sha256 for patch in patches}
+    return recipe_digest(recipe, trainer_requires(), tool_requires(), hashes)
 
 
 def _requires() -> list[str]:

@@ -1,7 +1,8 @@
 """What a source archive says about itself, read without running any of its code and without unpacking it.
 
 Order of belief for its requirements: those given by the caller (the recipe); PKG-INFO, if it has
-Requires-Dist or PEP 643 says that it would; beside a PKG-INFO, `*.egg-info/requires.txt`; the static
+Requires-Dist or PEP 643 says that it would; beside a PKG-INFO, `*.egg-info/requires.txt`, which
+setuptools leaves out where nothing is required; the static
 `[project]` table of pyproject.toml (PEP 621), which is all that a tree from git has. Never setup.py: only its
 text is looked at, for the requirements of the build.
 """
@@ -9,8 +10,6 @@ text is looked at, for the requirements of the build.
 from __future__ import annotations
 
 import re
-import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,14 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from envbuilder.archive import archive_members, unsound
 from envbuilder.errors import InputError
-from envbuilder.licenses import license_name
+from envbuilder.licenses import license_in
 from envbuilder.project_files import StaticProject, read_pyproject, setup_requires
 
-_MEMBERS = 200_000
-"""Most members that an archive may have."""
-_UNPACKED = 4 << 30
-"""Most bytes that its members may add up to."""
 _TEXT = 4 << 20
 """Most bytes of a metadata file."""
-_FILES = re.compile(r"PKG-INFO|pyproject\.toml|setup\.py|(?:src/)?[^/]+\.egg-info/requires\.txt")
+_FILES = re.compile(r"PKG-INFO|pyproject\.toml|setup\.py|(?:src/)?[^/]+\.egg-info/(?:requires\.txt|PKG-INFO)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class SdistMetadata:
     license: str | None
     """SPDX expression, else the name that it is given, else what the licence classifiers say."""
     source: str
-    """Where `requires` is from: "recipe", "PKG-INFO", "pyproject.toml", or the path of a requires.txt."""
+    """Where `requires` is from: "recipe", "PKG-INFO", "pyproject.toml", or a path in the egg-info."""
     note: str | None
     """Why `requires` or `build_requires` may not be the whole truth."""
 
@@ -79,10 +75,10 @@ def read_metadata(
     try:
         project, build_requires = read_pyproject(_text(path, files, "pyproject.toml"))
     except ValueError as error:
-        raise _unsound(path, f"its pyproject.toml is wrong: {error}") from error
+        raise unsound(path, f"its pyproject.toml is wrong: {error}") from error
     stated_name = metadata["name"] if metadata else project.name if project else name
     if stated_name is None:
-        raise _unsound(path, "it has no PKG-INFO, and its pyproject.toml no [project] table")
+        raise unsound(path, "it has no PKG-INFO, and its pyproject.toml no [project] table")
     found_name = canonicalize_name(stated_name)
     stated_version = metadata["version"] if metadata else project.version if project else None
     found_version = _version(path, found_name, stated_version, version)
@@ -118,7 +114,7 @@ def _pkg_info(path: Path, files: Mapping[str, bytes]) -> RawMetadata | None:
         return None
     metadata, _ = parse_email(_text(path, files, "PKG-INFO"))
     if "name" not in metadata or "version" not in metadata:
-        raise _unsound(path, "its PKG-INFO has no name or no version")
+        raise unsound(path, "its PKG-INFO has no name or no version")
     return metadata
 
 
@@ -126,7 +122,7 @@ def _version(path: Path, name: str, stated: str | None, given: str | None) -> st
     try:
         found = str(Version(stated)) if stated is not None else None
     except InvalidVersion as error:
-        raise _unsound(path, error) from error
+        raise unsound(path, error) from error
     if found is None and given is None:
         raise InputError(
             f"Nothing in the source of {name} states its version.",
@@ -162,7 +158,7 @@ def _from_pkg_info(path: Path, files: Mapping[str, bytes], metadata: RawMetadata
     try:
         metadata_version = Version(metadata.get("metadata_version", "1.0"))
     except InvalidVersion as error:
-        raise _unsound(path, error) from error
+        raise unsound(path, error) from error
     # PEP 643: from metadata 2.2 on, a field that is neither there nor dynamic is empty for certain.
     if not dynamic and metadata_version >= Version("2.2"):
         return _Stated((), "PKG-INFO")
@@ -170,6 +166,10 @@ def _from_pkg_info(path: Path, files: Mapping[str, bytes], metadata: RawMetadata
         if inner.endswith("requires.txt"):
             note = f"PKG-INFO has no Requires-Dist; taken from {inner}, which its author's machine wrote"
             return _Stated(tuple(_egg_requirements(_text(path, files, inner))), inner, note)
+    for inner in sorted(files):
+        # The command that wrote this file would have written a requires.txt beside it.
+        if inner.endswith(".egg-info/PKG-INFO"):
+            return _Stated((), inner, f"neither PKG-INFO nor {inner.rpartition('/')[0]} names a requirement")
     return None
 
 
@@ -188,18 +188,16 @@ def _egg_requirements(text: str) -> list[str]:
 
 
 def _license(metadata: RawMetadata | None, project: StaticProject | None) -> str | None:
-    if metadata is None:
-        return project.license if project else None
-    return license_name(
-        metadata.get("license_expression"), metadata.get("license"), metadata.get("classifiers", [])
-    )
+    if metadata is not None:
+        return license_in(metadata)
+    return project.license if project else None
 
 
 def _check(path: Path, name: str, text: str) -> None:
     try:
         requirement = Requirement(text)
     except InvalidRequirement as error:
-        raise _unsound(path, f"its requirement {text!r} is not one of PEP 508") from error
+        raise unsound(path, f"its requirement {text!r} is not one of PEP 508") from error
     if requirement.url is not None:
         raise InputError(
             f"{path.name} requires {requirement.name} by a URL, which no lock can name.",
@@ -211,23 +209,13 @@ def _check(path: Path, name: str, text: str) -> None:
 def _read_files(path: Path) -> dict[str, bytes]:
     """The metadata files of the archive by their path below its top folder."""
     files: dict[str, bytes] = {}
-    unpacked = 0
-    try:
-        with tarfile.open(path, mode="r|gz") as archive:
-            for count, member in enumerate(archive):
-                unpacked += member.size
-                if count >= _MEMBERS or unpacked > _UNPACKED:
-                    raise _unsound(path, "it is far too large")
-                inner = member.name.removeprefix("./").partition("/")[2]
-                if not _FILES.fullmatch(inner):
-                    continue
-                if inner in files or not member.isfile() or member.size > _TEXT:
-                    raise _unsound(path, f"{member.name} in it is doubled, no plain file, or too large")
-                reader = archive.extractfile(member)
-                assert reader is not None  # a plain file has one
-                files[inner] = reader.read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise _unsound(path, error) from error
+    with archive_members(path) as members:
+        for member in members:
+            if not _FILES.fullmatch(member.path):
+                continue
+            if member.path in files or not member.is_file or member.size > _TEXT:
+                raise unsound(path, f"{member.path} in it is doubled, no plain file, or too large")
+            files[member.path] = member.read()
     return files
 
 
@@ -235,12 +223,4 @@ def _text(path: Path, files: Mapping[str, bytes], inner: str) -> str:
     try:
         return files.get(inner, b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _unsound(path, f"{inner} in it is not UTF-8: {error}") from error
-
-
-def _unsound(path: Path, why: object) -> InputError:
-    return InputError(
-        f"{path.name} is not an sdist that can be read: {why}.",
-        remedy="Pick another version of the package in the recipe.",
-        context={"file": path},
-    )
+        raise unsound(path, f"{inner} in it is not UTF-8: {error}") from error

@@ -9,27 +9,28 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envbuilder.atomic import write_atomically
 from envbuilder.bundle import open_bundle
-from envbuilder.compile import CompileReport, compile_recipe
-from envbuilder.doctor import run_checks
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.fetch import FetchReport, Origins, fetch_bundle
-from envbuilder.hub import open_hub
 from envbuilder.index import open_client, open_indexes
-from envbuilder.install import InstallReport, install_env
 from envbuilder.interpreter import find_interpreter, inspect_interpreter
 from envbuilder.lock import SourceLock, check_current, lock_filename, read_lock
-from envbuilder.locking import current_digest, make_lock
 from envbuilder.machine import read_machine
 from envbuilder.model import Bundle, Finding
 from envbuilder.patches import locked_patches
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, load_recipe
 from envbuilder.report import Reporter
-from envbuilder.resolve import resolver_named
+from envbuilder.requirements import current_digest
 from envbuilder.target import python_versions
+
+# A command imports the stage that it runs and no other: half of a second run's time is imports.
+if TYPE_CHECKING:
+    from envbuilder.compile import CompileReport
+    from envbuilder.install import InstallReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ class Session:
         What `kept` (the lock so far, `older_lock`) holds stays where it still fits, but for the packages and
         models named in `upgrade`. `target` is the target.json of a probed machine.
         """
+        from envbuilder.hub import open_hub
+        from envbuilder.locking import make_lock
+        from envbuilder.resolve import resolver_named
+
         with ExitStack() as stack:
             client = stack.enter_context(open_client())
             text = make_lock(
@@ -94,6 +99,8 @@ class Session:
 
         Without `python`, the running one, if the lock serves it, or the only one that it serves.
         """
+        from envbuilder.hub import open_hub
+
         lock = self.current_lock() if self.lock_path.exists() else self.make_lock()
         with ExitStack() as stack:
             client = stack.enter_context(open_client())
@@ -137,6 +144,8 @@ class Session:
         self, python: Path | None = None, *, require_isolation: bool = False, rebuild: bool = False
     ) -> CompileReport:
         """Builds the source packages into the wheelhouse."""
+        from envbuilder.compile import compile_recipe
+
         interpreter = self.interpreter(python)
         return compile_recipe(
             self.recipe,
@@ -150,6 +159,8 @@ class Session:
 
     def install(self, python: Path | None = None, *, reinstall: bool = False) -> InstallReport:
         """Makes the env from bundle and wheelhouse."""
+        from envbuilder.install import install_env
+
         interpreter = self.interpreter(python)
         return install_env(
             self.recipe,
@@ -162,6 +173,8 @@ class Session:
 
     def doctor(self, only: frozenset[str] = frozenset()) -> tuple[Finding, ...]:
         """Runs the checks on this recipe's bundle and env."""
+        from envbuilder.doctor import run_checks
+
         return run_checks(
             self.recipe, root=self.root, lock=self.bundle().lock, only=only, reporter=self.reporter
         )

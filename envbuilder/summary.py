@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from envbuilder.compile import CompileReport
+from typing import TYPE_CHECKING
+
 from envbuilder.display import human_bytes
-from envbuilder.fetch import FetchReport
-from envbuilder.install import InstallReport
-from envbuilder.train import TrainReport
+
+if TYPE_CHECKING:
+    from envbuilder.compile import CompileReport
+    from envbuilder.fetch import FetchReport
+    from envbuilder.install import InstallReport
+    from envbuilder.train import TrainReport
 
 
 def fetched(report: FetchReport) -> str:

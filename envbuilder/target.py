@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from packaging.markers import Environment
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
@@ -48,6 +48,17 @@ def python_versions(spec: TargetSpec) -> tuple[str, ...]:
 def admits(wanted: SpecifierSet, python: str) -> bool:
     """Whether `wanted` holds for some patch release of minor version `python`."""
     return any(wanted.contains(f"{python}.{patch}") for patch in range(_PATCHES))
+
+
+def serves(requires_python: str | None, python: str) -> bool:
+    """Whether a file with that Requires-Python is for minor version `python`.
+
+    One that can't be read, as some old packages have it, forbids nothing (pip does the same).
+    """
+    try:
+        return admits(SpecifierSet(requires_python or ""), python)
+    except InvalidSpecifier:
+        return True
 
 
 def target_for(spec: TargetSpec, python: str) -> Target:

@@ -49,9 +49,9 @@ def find_built(
 ) -> BuiltWheel | None:
     """The newest wheel that was built from this sdist, for this Python ("3.12"), torch and GPUs.
 
-    `torch` may lack its local version ("+cu130"). `environment` are the recipe's variables for the build;
-    `patches` the sha256 of each patch, in the order in which they are applied. The wheel's
-    bytes are not read: whoever uses it checks its hash.
+    `torch` may lack its local version ("+cu130"). `environment` are the recipe's variables for the build,
+    `patches` the sha256 of each patch, in the order in which they are applied. The wheel's bytes are not
+    read: whoever uses it checks its hash.
     """
     fitting = [
         built

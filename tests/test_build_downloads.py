@@ -11,7 +11,7 @@ from envbuilder.download_calls import downloading_command, scan_python, scan_she
 from envbuilder.download_scan import Switch, scan_sdist
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.recipe import Recipe, SourceBuild, TargetSpec
-from tests.lab.locked import lock_files
+from tests.lab.bundles import lock_files
 from tests.lab.packages import make_sdist, make_wheel
 
 GUESSES = """\
@@ -223,7 +223,7 @@ def test_an_archive_that_is_none_or_far_too_large_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sdist(tmp_path, GUESSES)
-    monkeypatch.setattr("envbuilder.download_scan._MEMBERS", 1)
+    monkeypatch.setattr("envbuilder.archive.MOST_FILES", 1)
     with pytest.raises(InputError, match="far too large"):
         scan_sdist(path)
     path.write_bytes(path.read_bytes()[:200])
@@ -333,5 +333,5 @@ def test_a_bundle_without_the_sdist_is_refused(tmp_path: Path) -> None:
     recipe, _, _ = judge(tmp_path, GUESSES, SourceBuild())
     lock = lock_files(tmp_path / "bundle", recipe, {sdist(tmp_path, GUESSES): ("runtime",)})
     (tmp_path / "bundle" / "files" / "kernels-1.0.tar.gz").unlink()
-    with pytest.raises(MismatchError, match=r"lacks kernels-1\.0\.tar\.gz"):
+    with pytest.raises(MismatchError, match=r"lacks files/kernels-1\.0\.tar\.gz"):
         downloads_of(recipe, lock, tmp_path / "bundle", python="3.12")

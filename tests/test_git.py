@@ -283,7 +283,7 @@ def test_a_tree_that_is_too_large_is_refused(
     served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = commit(make_repository(served / "kernels.git"), FILES)
-    for limit in ("_LARGEST", "_MOST_FILES"):
+    for limit in ("LARGEST", "MOST_FILES"):
         with monkeypatch.context() as changed:
             changed.setattr(git_source, limit, 5)
             with pytest.raises(InputError, match="are more than"):

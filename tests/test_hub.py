@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 import envbuilder.download
-import envbuilder.hub_http
+import envbuilder.index.asking
 from envbuilder.download import download
 from envbuilder.errors import EnvbuilderError, InputError, IntegrityError, NetworkError
 from envbuilder.hub import Hub, open_hub
@@ -71,7 +71,7 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(envbuilder.hub_http, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(envbuilder.index.asking, "_FIRST_PAUSE", 0.0)
     monkeypatch.setattr(envbuilder.download, "_PAUSES", (0.0, 0.0, 0.0))
 
 
@@ -316,7 +316,7 @@ def test_a_broken_connection_is_asked_again(server: HubServer) -> None:
 def test_a_hub_that_stays_busy_is_given_up(server: HubServer) -> None:
     server.faults[REPO] = [Fault(status=503)] * 9
     assert "status 503" in refused(NetworkError).message
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize("status", [403, 410])

@@ -9,7 +9,9 @@ import platform
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from packaging.pylock import Pylock
@@ -17,6 +19,7 @@ from uv import find_uv_bin
 
 from envbuilder.errors import IntegrityError, MismatchError
 from envbuilder.install import InstallReport, install_env
+from envbuilder.lock import Group
 from envbuilder.model import BuildReceipt, Bundle, EnvReceipt, Extension
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
@@ -30,8 +33,15 @@ MINOR = ".".join(platform.python_version_tuple()[:2])
 RECIPE = Recipe.model_validate({"name": "lab", "requirements": ["one", "built"]})
 
 
-def bundle_of(folder: Path, recipe: Recipe = RECIPE) -> Bundle:
-    """A wheel, a source package that is already in the wheelhouse, and a trainer."""
+def bundle_of(
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    *,
+    more: Mapping[Path, Sequence[Group]] = MappingProxyType({}),
+    patches: Sequence[str] = (),
+) -> Bundle:
+    """A wheel, a source package that is already in the wheelhouse, built with neither torch nor patches, and
+    a trainer; `more` wheels, and in the lock the sha256 of `patches` of the source package."""
     made = folder / "made"
     made.mkdir(exist_ok=True)
     one = make_wheel(made, "one", "1.0", requires=["built"])
@@ -69,7 +79,12 @@ def bundle_of(folder: Path, recipe: Recipe = RECIPE) -> Bundle:
         ),
     )
     return make_bundle(
-        root, recipe, {one: ["runtime"], sdist: ["runtime"]}, python=MINOR, trainer_wheel=trainer
+        root,
+        recipe,
+        {one: ["runtime"], sdist: ["runtime"], **more},
+        python=MINOR,
+        trainer_wheel=trainer,
+        tables={"built": {"patches": [{"path": "patches/a", "size": 1, "sha256": sha} for sha in patches]}},
     )
 
 
@@ -178,6 +193,25 @@ def test_a_source_package_that_was_not_compiled_is_a_mismatch_with_the_remedy(tm
         install(tmp_path, bundle)
     assert caught.value.remedy == "On a compute node: envbuilder compile recipes/lab.toml --local"
     assert not Root(tmp_path / "root").env("lab").exists()
+
+
+@pytest.mark.parametrize("groups", [["runtime"], ["runtime", "build"]])
+def test_what_was_built_without_torch_at_hand_fits_whatever_torch_the_env_holds(
+    tmp_path: Path, groups: list[Group]
+) -> None:
+    torch = make_wheel(tmp_path, "torch", "2.11.0")
+    bundle = bundle_of(tmp_path, more={torch: groups})
+    if "build" in groups:
+        with pytest.raises(MismatchError, match="has not been compiled") as caught:
+            install(tmp_path, bundle)
+        assert caught.value.context["torch"] == "2.11.0"
+    else:
+        assert versions(install(tmp_path, bundle).path / "bin" / "python") == INSTALLED | {"torch": "2.11.0"}
+
+
+def test_a_wheel_that_was_built_without_the_locks_patches_is_not_installed(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="has not been compiled"):
+        install(tmp_path, bundle_of(tmp_path, patches=["c" * 64]))
 
 
 def test_an_unfinished_env_is_replaced(tmp_path: Path) -> None:

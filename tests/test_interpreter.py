@@ -10,8 +10,12 @@ import pytest
 import envbuilder.interpreter
 from envbuilder.errors import MismatchError
 from envbuilder.interpreter import check_interpreter, find_provided, inspect_interpreter
+from envbuilder.lock import parse_lock
+from envbuilder.lock_text import compose_lock
 from envbuilder.model import BundleRecord
 from envbuilder.recipe import Recipe, TargetSpec
+from envbuilder.target import narrow_target
+from tests.machines import machine_record
 
 MINOR = ".".join(platform.python_version_tuple()[:2])
 
@@ -132,6 +136,34 @@ def test_a_local_version_is_not_compared_unless_it_is_asked_for(
     else:
         with pytest.raises(MismatchError, match=f"torch is {version.replace('+', '.')}, not"):
             find_provided(recipe, None)
+
+
+@pytest.mark.parametrize(
+    ("version", "stated", "refused_by"),
+    [
+        ("2.11.0+cu130", ">=2.10", None),
+        ("2.12.0", ">=2.10", "lock"),
+        ("2.9.0", ">=2.10", "recipe"),
+        ("2.11.0+cu130", "==2.11.0+cu130", None),
+        ("2.11.0+cu128", "==2.11.0+cu130", "recipe"),
+    ],
+)
+def test_a_lock_for_one_probed_machine_admits_only_its_versions(
+    tmp_path: Path, version: str, stated: str, refused_by: str | None
+) -> None:
+    recipe = recipe_with(venv_with(tmp_path / "venv", "torch", version), f"torch{stated}")
+    narrowed = narrow_target(recipe, machine_record(provided={"torch": "2.11.0+cu130"}))
+    lock = parse_lock("lab", compose_lock(narrowed, digest="0", resolver="none", entries=()))
+    assert lock.provided == ("torch==2.11.0",)
+    if refused_by is None:
+        found = find_provided(recipe, lock)
+        assert found is not None
+        assert found.versions == {"torch": version}
+    else:
+        with pytest.raises(MismatchError, match=f"what the {refused_by} lab takes") as caught:
+            find_provided(recipe, lock)
+        again = "envbuilder probe --recipe recipes/lab.toml --output target.json"
+        assert (again in caught.value.remedy) is (refused_by == "lock")
 
 
 def test_every_missing_package_is_named(tmp_path: Path) -> None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 
-PURE = {
-    *("errors", "toml_input", "recipe", "target", "machine", "model", "report", "paths"),
-    *("lock", "lock_text", "lock_diff"),
-}
-STAGES = {"locking", "fetch", "bundles", "compile", "install", "doctor", "slurm", "train"}
-TOP = {"cli", "__main__", "session", "summary", "display"}
+
+def drawn_layers() -> dict[str, set[str]]:
+    """Layer → its modules and packages, as the table in docs/architecture.md has them."""
+    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text.split("## Layers, one way", 1)[1].split("```")[1]
+    layers: dict[str, set[str]] = {}
+    name = ""
+    for line in table.strip("\n").splitlines():
+        head, *rest = line.split()
+        if line.startswith(" "):
+            rest = [head, *rest]
+        else:
+            name = head
+        layers.setdefault(name, set()).update(rest)
+    return layers
+
+
+LAYERS = drawn_layers()
+PURE, STAGES, TOP = LAYERS["pure"], LAYERS["stages"], LAYERS["commands"]
+PARTS = {"locking": {"resolve"}}
+"""Stage → the packages that are a part of it."""
 
 
 def modules() -> list[Path]:
@@ -42,12 +58,18 @@ def rooms_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported(path) if name.startswith("envbuilder.")} - {"__version__"}
 
 
+def test_every_module_is_drawn_in_one_layer() -> None:
+    drawn = Counter(name for layer in LAYERS.values() for name in layer)
+    assert set(LAYERS) == {"pure", "primitives", "stages", "commands"}
+    assert drawn == Counter({room(path) for path in modules()} - {"__init__"})
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_a_module_imports_only_from_its_own_layer_or_below(path: Path) -> None:
     here = room(path)
     if here in TOP:
         return
-    above = TOP | (STAGES - {here}) if here in STAGES else TOP | STAGES
+    above = TOP | (STAGES - {here} - PARTS.get(here, set())) if here in STAGES else TOP | STAGES
     if here in PURE:
         assert rooms_imported(path) <= PURE
     assert not rooms_imported(path) & above

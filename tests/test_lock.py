@@ -110,6 +110,7 @@ def test_a_python_that_no_wheel_fits_is_a_mismatch() -> None:
         (r'^index = "default"$', "", "names neither its index nor its git commit"),
         (r'^version = "1.0"$', "", "one version"),
         (r"^schema = 2$", "schema = 1", "schema 2"),
+        (r"^provided = \[\]$", 'provided = ["a b"]', "tables are damaged"),
         (r"^lock-version = .*$", 'lock-version = "9.0"', "version"),
         (r"^\[\[packages\]\]$", "[[packages", ""),
     ],

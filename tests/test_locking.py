@@ -220,14 +220,31 @@ def test_one_version_of_a_package_serves_all_groups(server: IndexServer, make: M
     assert str(marker) == '"runtime" in dependency_groups or "build" in dependency_groups'
 
 
-def test_groups_that_no_one_version_can_serve_are_refused(server: IndexServer, make: Make) -> None:
+def test_the_tool_has_versions_of_its_own_where_the_rest_needs_others(
+    server: IndexServer, make: Make
+) -> None:
     make_wheel(server.folder, "app", "1.0", requires=["httpx<0.20"])
     make_wheel(server.folder, "httpx", "0.19")
 
-    with pytest.raises(InputError, match="the tool requirements of demo") as caught:
-        make()
+    text = make()
 
-    assert "httpx==0.19" in caught.value.context["uv"]
+    lock = parse_lock("demo", text)
+    assert names(lock, "3.12", "runtime")["httpx"] == "0.19"
+    assert names(lock, "3.12", "tool")["httpx"] == "0.27"
+    files = [file.filename for file in lock.select(target_for(recipe().target, "3.12"), GROUPS)]
+    assert {"httpx-0.19-py3-none-any.whl", "httpx-0.27-py3-none-any.whl"} < set(files)
+    assert len(files) == len(set(files))
+
+
+def test_runtime_and_build_that_no_one_version_can_serve_are_refused(server: IndexServer, make: Make) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["setuptools<60"])
+    make_wheel(server.folder, "setuptools", "59.0")
+    make_sdist(server.folder, "kernels", "1.0")
+
+    with pytest.raises(InputError, match="the build requirements of demo") as caught:
+        make(requirements=["app", "kernels"], build={"kernels": {"build-requires": ["setuptools>=70"]}})
+
+    assert "setuptools==59.0" in caught.value.context["uv"]
 
 
 def test_provided_packages_are_recorded_and_neither_they_nor_what_they_require_is_locked(
@@ -352,3 +369,170 @@ def test_every_python_of_the_recipe_finds_its_files_in_all_groups(server: IndexS
 
     for python in python_versions(recipe().target):
         assert {"app", "uv"} < set(names(lock, python, *GROUPS))
+
+
+@pytest.mark.parametrize("resolver", ["uv", "pip-tools"])
+def test_an_sdist_deep_in_the_closure_is_named_with_the_table_that_compiles_it(
+    server: IndexServer, make: Make, resolver: str
+) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["middle"])
+    make_wheel(server.folder, "middle", "1.0", requires=["Only.Source==1.*"])
+    make_sdist(server.folder, "only-source", "1.2", requires=["helper"])
+    make_wheel(server.folder, "only-source", "2.0")
+    make_wheel(server.folder, "helper", "1.0")
+
+    with pytest.raises(InputError) as caught:
+        make(resolver)
+
+    assert caught.value.context["no wheel"] == "only-source 1.2 is on the index default as an sdist alone"
+    assert caught.value.remedy == (
+        "Add [build.only-source] to recipes/demo.toml, so that it is compiled from its sdist."
+    )
+    # Which version that is, nobody has to look up: its newest would be 2.0.
+    make_sdist(server.folder, "only-source", "2.0")
+    lock = parse_lock("demo", make(resolver, build={"only-source": {}}))
+    assert names(lock, "3.12", "runtime") == {
+        "app": "1.0",
+        "middle": "1.0",
+        "only-source": "1.2",
+        "helper": "1.0",
+    }
+
+
+@pytest.mark.parametrize("sdist", [True, False], ids=["with-sdist", "without"])
+@pytest.mark.parametrize("resolver", ["uv", "pip-tools"])
+def test_wheels_for_a_newer_glibc_alone_are_named_with_that_glibc(
+    server: IndexServer, make: Make, resolver: str, sdist: bool
+) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["native>1"])
+    make_wheel(server.folder, "native", "1.0", tag="cp38-abi3-manylinux_2_17_x86_64")
+    for minor in (31, 34):
+        make_wheel(server.folder, "native", "2.0", tag=f"cp38-abi3-manylinux_2_{minor}_x86_64")
+    make_wheel(server.folder, "native", "2.0", tag="cp313-cp313t-manylinux_2_17_x86_64")
+    if sdist:
+        make_sdist(server.folder, "native", "2.0")
+
+    with pytest.raises(InputError) as caught:
+        make(resolver)
+
+    assert caught.value.context["no wheel"] == "native 2.0 has wheels for glibc 2.31 and newer alone"
+    assert 'glibc = "2.31" under [target] in recipes/demo.toml' in caught.value.remedy
+
+
+@pytest.mark.parametrize("resolver", ["uv", "pip-tools"])
+def test_wheels_for_other_pythons_alone_are_named(server: IndexServer, make: Make, resolver: str) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["native"])
+    make_wheel(server.folder, "native", "2.0", tag="cp313-cp313-manylinux_2_17_x86_64")
+
+    with pytest.raises(InputError) as caught:
+        make(resolver)
+
+    assert caught.value.context["no wheel"] == "native 2.0 has no wheel for Python 3.11 on x86_64"
+    assert "without native 2.0" in caught.value.remedy
+
+
+def test_an_older_version_than_the_recipe_admits_is_locked_with_a_warning_that_says_why(
+    server: IndexServer, make: Make, notebook: Notebook
+) -> None:
+    make_wheel(server.folder, "app", "1.0")
+    make_wheel(server.folder, "app", "2.0", requires=["only-source"])
+    make_wheel(server.folder, "app", "3.0", requires=["absent"])
+    make_wheel(server.folder, "app", "4.0rc1")
+    server.yanked.add(make_wheel(server.folder, "app", "5.0").name)
+    make_sdist(server.folder, "only-source", "1.0")
+
+    lock = parse_lock("demo", make())
+
+    assert names(lock, "3.12", "runtime") == {"app": "1.0"}
+    (warning,) = notebook.warnings  # one for both Pythons
+    assert warning.startswith("app 1.0 is locked, though demo admits 3.0. 3.0: Because absent was not found")
+    assert (
+        "2.0: only-source 1.0 is on the index default as an sdist alone. Add [build.only-source]" in warning
+    )
+    notebook.warnings.clear()
+    make(requirements=["app<2"])
+    assert notebook.warnings == []
+
+
+def test_a_package_that_gives_way_to_another_is_warned_of_too(
+    server: IndexServer, make: Make, notebook: Notebook
+) -> None:
+    make_wheel(server.folder, "app", "2.0", requires=["dep<2"])
+    for version in ("1.0", "2.0"):
+        make_wheel(server.folder, "dep", version)
+    make_wheel(server.folder, "app", "1.0")
+
+    lock = parse_lock("demo", make(requirements=["app", "dep"]))
+
+    assert names(lock, "3.12", "runtime") == {"app": "2.0", "dep": "1.0"}
+    assert notebook.warnings == [
+        "dep 1.0 is locked, though demo admits 2.0. "
+        "2.0 fits, with older versions of others: require dep==2.0 to have it."
+    ]
+
+
+def test_an_extra_that_the_chosen_version_lacks_is_refused(server: IndexServer, make: Make) -> None:
+    make_wheel(server.folder, "app", "1.0")
+    make_wheel(server.folder, "app", "2.0", requires=["only-source; extra == 'fast'"])
+    make_sdist(server.folder, "only-source", "1.0")
+
+    with pytest.raises(InputError, match=r"app 1\.0, .* has no extra fast") as caught:
+        make(requirements=["app[fast]"])
+
+    assert "app[fast]>1.0" in caught.value.remedy
+    with pytest.raises(InputError) as caught:
+        make(requirements=["app[fast]>1.0"])
+    assert "[build.only-source]" in caught.value.remedy
+
+
+def test_a_source_package_is_never_locked_in_the_version_of_a_wheel(server: IndexServer, make: Make) -> None:
+    make_wheel(server.folder, "app", "1.0", requires=["kernels<2"])
+    make_wheel(server.folder, "kernels", "1.5")
+    make_wheel(server.folder, "kernels", "3.0")
+    for version in ("1.0", "2.0"):
+        make_sdist(server.folder, "kernels", version)
+
+    def locked(*requirements: str) -> tuple[str, str]:
+        text = make(requirements=[*requirements], build={"kernels": {}})
+        package = next(p for p in tomllib.loads(text)["packages"] if p["name"] == "kernels")
+        return package["version"], package["sdist"]["name"]
+
+    assert locked("app") == ("1.0", "kernels-1.0.tar.gz")
+    assert locked("kernels") == ("2.0", "kernels-2.0.tar.gz")
+    with pytest.raises(InputError, match="No versions fit") as caught:
+        locked("app", "kernels>=2")
+    assert "[build.kernels] takes 2.0" in caught.value.remedy
+
+
+def test_of_a_versions_wheels_the_highest_build_is_locked_and_no_yanked_file(
+    server: IndexServer, make: Make
+) -> None:
+    files = [
+        make_wheel(server.folder, "app", "1.0", tag=tag).name
+        for tag in ("py3-none-any", "2-py3-none-any", "10-py3-none-any", "11-py3-none-any")
+    ]
+    server.yanked.add(files[-1])
+
+    package = next(p for p in tomllib.loads(make())["packages"] if p["name"] == "app")
+
+    assert [wheel["name"] for wheel in package["wheels"]] == ["app-1.0-10-py3-none-any.whl"]
+
+
+@pytest.mark.parametrize("resolver", ["uv", "pip-tools"])
+def test_a_requirement_by_url_in_a_wheel_is_the_inputs_fault(
+    server: IndexServer, make: Make, resolver: str
+) -> None:
+    direct = make_wheel(server.folder, "direct", "1.0")
+    make_wheel(server.folder, "app", "1.0", requires=[f"direct @ {server.file_url(direct.name)}"])
+
+    with pytest.raises(InputError, match=r"No versions fit|by a URL"):
+        make(resolver)
+
+
+def test_an_sdist_for_a_python_that_cannot_be_read_is_for_all(server: IndexServer, make: Make) -> None:
+    path = make_sdist(server.folder, "kernels", "1.0")
+    server.requires_python[path.name] = ">=3.6.*"
+
+    lock = parse_lock("demo", make(requirements=["kernels"], build={"kernels": {}}))
+
+    assert names(lock, "3.12", "runtime") == {"kernels": "1.0"}

@@ -75,6 +75,15 @@ def test_isolation_that_is_required_and_not_to_be_had_is_refused(monkeypatch: py
         find_sandbox(require_isolation=True)
 
 
+def test_an_unshare_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging = tmp_path / "unshare"
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n", encoding="utf-8")
+    hanging.chmod(0o755)
+    monkeypatch.setattr("envbuilder.sandbox._UNSHARE", ((str(hanging),),))
+    monkeypatch.setattr("envbuilder.sandbox._TRIAL_TIMEOUT_S", 0.2)
+    assert find_sandbox().isolation == "none"
+
+
 def test_only_what_a_compiler_needs_passes_from_the_host(tmp_path: Path) -> None:
     host = {
         "PATH": "/modules/gcc/bin:/usr/bin",

@@ -49,6 +49,16 @@ def test_old_metadata_falls_back_to_egg_infos_requires_txt_with_a_note(tmp_path:
     assert "no Requires-Dist" in (metadata.note or "")
 
 
+def test_old_metadata_beside_an_egg_info_without_requires_txt_requires_nothing(tmp_path: Path) -> None:
+    # setuptools leaves that file out where there is nothing to write into it.
+    files = {"src/thing.egg-info/PKG-INFO": "Metadata-Version: 1.1\nName: thing\nVersion: 1.0\n"}
+
+    metadata = read_metadata(make_sdist(tmp_path, "thing", "1.0", pkg_info=False, files=files))
+
+    assert (metadata.requires, metadata.source) == ((), "src/thing.egg-info/PKG-INFO")
+    assert "names a requirement" in (metadata.note or "")
+
+
 def test_the_sections_of_requires_txt_become_markers(tmp_path: Path) -> None:
     text = (
         'torch\n[:python_version < "3.12"]\ntomli\n\n[dev]\npytest\n[fast:sys_platform == "linux"]\nnumba\n'

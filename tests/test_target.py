@@ -7,7 +7,7 @@ from packaging.tags import parse_tag
 
 from envbuilder.errors import MismatchError
 from envbuilder.recipe import Recipe, TargetSpec
-from envbuilder.target import narrow_target, python_versions, target_for
+from envbuilder.target import narrow_target, python_versions, serves, target_for
 from tests.machines import machine_record
 
 
@@ -84,6 +84,16 @@ def test_markers_speak_of_the_target_not_of_this_machine() -> None:
     assert environment["python_version"] == "3.13"
     assert environment["python_full_version"] == "3.13.0"
     assert (environment["platform_machine"], environment["sys_platform"]) == ("aarch64", "linux")
+
+
+@pytest.mark.parametrize(
+    ("requires_python", "expected"),
+    [(None, True), ("", True), (">=3.12.4", True), (">=3.13", False), (">=3.6.*", True), ("nonsense", True)],
+)
+def test_a_requires_python_that_cannot_be_read_forbids_nothing(
+    requires_python: str | None, expected: bool
+) -> None:
+    assert serves(requires_python, "3.12") is expected
 
 
 def test_a_python_that_the_recipe_does_not_serve_is_a_mismatch_that_names_those_it_does() -> None:

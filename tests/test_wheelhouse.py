@@ -67,11 +67,23 @@ def test_what_was_stored_is_found_and_read(tmp_path: Path) -> None:
         {"compute_capabilities": ("8.0",)},
         {"compute_capabilities": ("8.0", "9.0")},
         {"environment": {"FORCE_BUILD": "FALSE"}},
+        {"patches": ("c" * 64,)},
     ],
 )
 def test_a_wheel_for_anything_else_is_not_found(tmp_path: Path, changes: dict[str, object]) -> None:
     store(tmp_path)
     assert find(tmp_path, **changes) is None
+
+
+def test_wheels_of_one_sdist_with_other_patches_are_not_mixed_up(tmp_path: Path) -> None:
+    one, other = "c" * 64, "d" * 64
+    both = {"patches/b.patch": one, "patches/a.patch": other}
+    plain = store(tmp_path, "plain")
+    patched = store(tmp_path, "patched", patches=both, built_at="2026-02-01T00:00:00+00:00")
+    assert find(tmp_path) == plain
+    assert find(tmp_path, patches=[one, other]) == patched
+    assert find(tmp_path, patches=[other, one]) is None
+    assert find(tmp_path, patches=[one]) is None
 
 
 def test_the_newest_of_two_is_found(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from envbuilder.bundle import TOOL, bundle_file
 from envbuilder.errors import IntegrityError, MismatchError
+from envbuilder.licenses import license_in
 from envbuilder.lock import GROUPS
 from envbuilder.model import Bundle
 from envbuilder.target import Target
@@ -109,7 +110,7 @@ def _own(path: Path, sha256: str) -> OwnWheel:
         filename=path.name,
         sha256=sha256,
         requires=tuple(metadata.get("requires_dist", [])),
-        license=metadata.get("license_expression") or metadata.get("license"),
+        license=license_in(metadata),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -34,9 +35,12 @@ def _upgrades_apart(arguments: list[str]) -> list[str]:
 
 
 def _with_recipe(remedy: str, arguments: list[str]) -> str:
-    """`remedy` with the recipe's path as it was typed, where a stage that doesn't know it wrote RECIPE."""
+    """`remedy` with the recipe's path as it was typed: a stage knows its name, or writes RECIPE."""
     recipes = [word for word in arguments if word.endswith(".toml") and not word.startswith("-")]
-    return re.sub(r"\bRECIPE\b", lambda _: recipes[0], remedy) if len(recipes) == 1 else remedy
+    if len(recipes) != 1:
+        return remedy
+    usual = re.escape(f"recipes/{Path(recipes[0]).stem}.toml")
+    return re.sub(rf"(?<!\S){usual}|\bRECIPE\b", lambda _: recipes[0], remedy)
 
 
 def main() -> None:

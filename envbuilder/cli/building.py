@@ -9,10 +9,8 @@ import typer
 
 from envbuilder import display, summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, SiteName, app
-from envbuilder.doctor import CHECKS, explain_log, run_checks
 from envbuilder.errors import DoctorError, UsageError
 from envbuilder.model import Finding
-from envbuilder.slurm.submit import submit_compile
 
 
 @app.command("compile")
@@ -51,6 +49,8 @@ def compile_(
         flags = ["--python", str(python)] if python else []
         flags += ["--require-isolation"] if require_isolation else []
         flags += ["--rebuild"] if rebuild else []
+        from envbuilder.slurm.submit import submit_compile
+
         job = submit_compile(session.recipe_path, session.recipe.name, site, opts.root, flags)
         opts.lines(
             {"job": job.id, "script": job.script, "log": job.log},
@@ -99,6 +99,8 @@ def doctor(
     log: Annotated[Path | None, typer.Option(help="Explain a failed build's or job's log.")] = None,
 ) -> None:
     """Say what is wrong, prove it, and give the command that mends it."""
+    from envbuilder.doctor import CHECKS, explain_log, run_checks
+
     opts: Options = context.obj
     if list_checks:
         opts.result(

@@ -12,8 +12,6 @@ from envbuilder.atomic import write_atomically
 from envbuilder.cli.app import Options, SiteName, app
 from envbuilder.errors import UsageError
 from envbuilder.machine import machine_text
-from envbuilder.probe import probe_machine
-from envbuilder.slurm.submit import submit_probe
 
 
 @app.command()
@@ -45,6 +43,8 @@ def probe(
         flags = ["--python", str(python)] if python else []
         flags += ["--recipe", str(recipe.absolute())] if recipe else []
         flags += [word for name in provided or () for word in ("--provided", name)]
+        from envbuilder.slurm.submit import submit_probe
+
         job = submit_probe(site, output, opts.root, flags)
         opts.lines(
             {"job": job.id, "script": job.script, "log": job.log},
@@ -57,6 +57,8 @@ def probe(
         session = opts.session(recipe)
         wanted = session.interpreter(python)
         names += sorted(session.recipe.provided_names)
+    from envbuilder.probe import probe_machine
+
     record = probe_machine(wanted, names)
     write_atomically(output, machine_text(record))
     opts.lines(

@@ -12,7 +12,6 @@ from envbuilder import display, summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, app
 from envbuilder.cli.building import failed_of
 from envbuilder.errors import DoctorError
-from envbuilder.train import run_training
 
 
 @app.command()
@@ -29,6 +28,8 @@ def train(
     run: Annotated[str | None, typer.Option(help="The run's name (default: the config's).")] = None,
 ) -> None:
     """Train in the env; the same command goes on with a run that stopped."""
+    from envbuilder.train import run_training
+
     opts: Options = context.obj
     report = run_training(
         config,
@@ -54,6 +55,8 @@ def pipeline(
     python: PythonExe = None,
 ) -> None:
     """Everything on one machine: lock --check, fetch, compile, install, doctor, train, and a summary."""
+    from envbuilder.train import run_training
+
     opts: Options = context.obj
     began = time.monotonic()
     session = opts.session(recipe)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from envbuilder.atomic import make_folder, writing
-from envbuilder.bundle import bundle_file, copy_verified, hash_file
+from envbuilder.bundle import bundle_file, copy_verified, hash_file, path_in
 from envbuilder.compile.build import build_wheel, check_wheel, read_units, tag_wheel
 from envbuilder.compile.buildenv import BuildEnv, make_build_env
 from envbuilder.compile.key import BuildInputs, shaping_files
@@ -280,13 +280,8 @@ def _patches(bundle: Bundle, patches: Sequence[LockedPatch], folder: Path) -> di
     """The bytes of `patches`, each verified as it is read."""
     contents = {}
     for patch in patches:
-        source, copy = bundle.path / patch.path, folder / "patch"
-        if not source.is_file():
-            raise MismatchError(
-                f"The bundle {bundle.path} lacks {patch.path}.",
-                remedy=f"envbuilder fetch recipes/{bundle.record.recipe}.toml",
-                context={"file": source},
-            )
+        source = path_in(bundle.path, patch.path, recipe=bundle.record.recipe)
+        copy = folder / "patch"
         copy_verified(source, patch.sha256, patch.size, copy, remedy=_fetch_again(bundle.record.recipe))
         contents[patch.path] = copy.read_bytes()
     return contents

@@ -16,11 +16,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from envbuilder.archive import LARGEST, MOST_FILES
 from envbuilder.errors import IntegrityError
 
-_LARGEST = 4 << 30
-"""Bytes that an sdist may unpack to: an archive that claims more is a bomb."""
-_MOST_FILES = 200_000
 _LONGEST_CHAIN = 8
 """Links that lead to one another, and folders that are linked into one another."""
 _LONGEST_PATH = 1000
@@ -69,8 +67,8 @@ class _Plan:
         for member in tar:
             self._take_step()
             size += member.size
-            if size > _LARGEST:
-                raise _refusal(archive, f"it unpacks to more than {_LARGEST:,} bytes")
+            if size > LARGEST:
+                raise _refusal(archive, f"it unpacks to more than {LARGEST:,} bytes")
             self._add(member)
         if len({name.partition("/")[0] for name in self._members}) != 1:
             raise _refusal(archive, "it has not exactly one top folder")
@@ -85,8 +83,8 @@ class _Plan:
             for path, file in self._files_at(name, name, 0) if not member.isdir() else ():
                 files[path] = file
                 size += file.size
-                if size > _LARGEST:
-                    raise _refusal(self._archive, f"it unpacks to more than {_LARGEST:,} bytes")
+                if size > LARGEST:
+                    raise _refusal(self._archive, f"it unpacks to more than {LARGEST:,} bytes")
         if not files:
             raise _refusal(self._archive, "it has no files")
         return files
@@ -143,8 +141,8 @@ class _Plan:
     def _take_step(self) -> None:
         """Counts each file that is looked at: links to folders of links make many of a few members."""
         self._steps += 1
-        if self._steps > 2 * _MOST_FILES:
-            raise _refusal(self._archive, f"it unpacks to more than {_MOST_FILES:,} files")
+        if self._steps > 2 * MOST_FILES:
+            raise _refusal(self._archive, f"it unpacks to more than {MOST_FILES:,} files")
 
 
 def _refusal(archive: Path, why: str) -> IntegrityError:

@@ -27,6 +27,7 @@ from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
 from envbuilder import __version__
+from envbuilder.bundle import path_in
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.lock import FILES, GROUPS, Group, LockedFile, SourceLock
 from envbuilder.process import run
@@ -175,13 +176,7 @@ class _Proof:
         links = self.folder / group
         write_stubs(links, tuple(known), self.target)
         for file in files:
-            place = self.bundle / FILES / file.filename
-            if not place.is_file():
-                raise MismatchError(
-                    f"The bundle {self.bundle} lacks {file.filename}.",
-                    remedy=f"envbuilder fetch recipes/{self.recipe.name}.toml",
-                    context={"file": place},
-                )
+            place = path_in(self.bundle, f"{FILES}/{file.filename}", recipe=self.recipe.name)
             if not file.is_sdist:
                 (links / file.filename).symlink_to(place.absolute())
         (self.folder / f"{group}.uv.toml").write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import tomli_w
 from envbuilder import __version__
 from envbuilder.atomic import NEW_SUFFIX, make_folder, remove_leftovers, write_atomically, writing
 from envbuilder.build_downloads import downloads_of, report_downloads
-from envbuilder.bundle import RECIPE, RECORD, START, TOOL
+from envbuilder.bundle import RECIPE, RECORD, START, TOOL, check_folders
+from envbuilder.errors import MismatchError
 from envbuilder.fetch.closure import prove_closure
 from envbuilder.fetch.files import bring_files, plan_files, read_stamps, write_stamps
 from envbuilder.fetch.selfpack import pack_tool, pack_trainer
@@ -88,6 +90,8 @@ def fetch_bundle(
     record_file, record_bytes = folder / RECORD, f"{record.model_dump_json(indent=2)}\n".encode()
     store, stamps = Store(root.store), root.cache / "fetch" / f"{recipe.name}.json"
 
+    check_folders(folder)
+    _check_links(folder)
     reporter.stage(f"fetching {len(files)} files of {recipe.name}")
     plan = plan_files(files, folder, store, {} if verify else read_stamps(stamps), reporter)
     stale = [path for path, content in contents.items() if not _has(path, content)]
@@ -107,7 +111,8 @@ def fetch_bundle(
             prove_closure(recipe, lock, folder, python=python, reporter=reporter)
             report_downloads(recipe, downloads_of(recipe, lock, folder, python=python), reporter)
         write_atomically(record_file, record_bytes)
-    write_stamps(stamps, files, folder)
+    with suppress(MismatchError):  # they save time; a complete bundle needs no place to write to
+        write_stamps(stamps, files, folder)
     store.tidy()
     return FetchReport(
         # Not read back: another fetch of this bundle may be about to write the same record again.
@@ -118,6 +123,17 @@ def fetch_bundle(
         transferred_bytes=sum(file.size for file in plan.origin),
         seconds=time.monotonic() - begin,
     )
+
+
+def _check_links(folder: Path) -> None:
+    """MismatchError where the bundle's folder, or one in it, is a link: `fetch` deletes what is strange there."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            raise MismatchError(
+                f"{path} is a link to another folder.",
+                remedy=f"rm {path}, or to keep bundles on another disk: envbuilder --root FOLDER",
+                context={"folder": path, "leads to": path.resolve()},
+            )
 
 
 def _recipe_toml(recipe: Recipe) -> str:

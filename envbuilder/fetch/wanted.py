@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -13,7 +14,6 @@ from envbuilder.bundle import copy_verified
 from envbuilder.download import download
 from envbuilder.errors import MismatchError
 from envbuilder.git import pack_tree
-from envbuilder.hub import Hub
 from envbuilder.index import Index
 from envbuilder.lock import (
     FILES,
@@ -27,6 +27,9 @@ from envbuilder.lock import (
 )
 from envbuilder.recipe import Recipe
 from envbuilder.target import Target
+
+if TYPE_CHECKING:
+    from envbuilder.hub import Hub
 
 OnBytes = Callable[[int], None]
 Fill = Callable[[Path, OnBytes], None]

@@ -1,4 +1,4 @@
-"""One request of an index: tried again where that may help, its answer bounded."""
+"""One request of an index, or of a model hub: tried again where that may help, its answer bounded."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 class Unanswered(Exception):
     """No use in trying again; says why."""
+
+    def __init__(self, reason: str, refusal: httpx.Response | None = None) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+        """The response, unread, where the server says no and isn't merely busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +73,17 @@ def ask(
                     body = b"" if status in bearing else _body(response, most)
                     return Answer(status, response.headers, str(response.url), body)
             reason, again = f"status {status}", status in _BUSY
+            refusal = None if again else response
             asked = response.headers.get("Retry-After", "")
             pause = float(asked) if asked.isdecimal() else pause
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            again = isinstance(error, httpx.TransportError)
+            again, refusal = isinstance(error, httpx.TransportError), None
         if not again:
             break
         if left:
             time.sleep(min(pause, _LONGEST_PAUSE))
-    raise Unanswered(reason)
+    raise Unanswered(reason, refusal)
 
 
 def _body(response: httpx.Response, most: int) -> bytes:

@@ -50,16 +50,24 @@ def open_client() -> httpx.Client:
 
 class _Credentials(httpx.Auth):
     """Basic authentication with the URL's credentials, else with those that netrc has for its host; what a
-    request brings itself stays."""
+    request brings itself stays.
+
+    netrc knows no ports and no schemes. A host that was spoken to over TLS gets netrc's in no other way, even
+    if an https page leads to its http URLs.
+    """
 
     def __init__(self, hosts: Mapping[str, tuple[str, str]]) -> None:
         self._hosts = hosts
+        self._over_tls: set[str] = set()
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         # httpx undoes the percent-encoding.
         known = (request.url.username, request.url.password)
-        if not any(known):
-            known = self._hosts.get(request.url.host, known)
+        host = request.url.host
+        if request.url.scheme == "https":
+            self._over_tls.add(host)
+        if not any(known) and (request.url.scheme == "https" or host not in self._over_tls):
+            known = self._hosts.get(host, known)
         needed = any(known) and "Authorization" not in request.headers
         auth = httpx.BasicAuth(*known) if needed else httpx.Auth()
         yield from auth.auth_flow(request)

@@ -17,7 +17,7 @@ from packaging.utils import (
 from envbuilder.errors import NetworkError
 from envbuilder.index.asking import Unanswered, ask
 from envbuilder.index.page import IndexFile, parse_page
-from envbuilder.index.simple import without_credentials
+from envbuilder.urls import shown
 
 
 class FindLinks:
@@ -44,11 +44,11 @@ class FindLinks:
             answer = ask(self._client, "GET", self._place, retries=self._retries)
             return parse_page(answer.text, answer.url, is_json=False)
         except (Unanswered, OSError, ValueError) as error:
-            shown = without_credentials(self._place)
+            place = shown(self._place)
             raise NetworkError(
-                f"pip's find-links {shown} can't be read: {error}.",
+                f"pip's find-links {place} can't be read: {error}.",
                 remedy="pip config list",
-                context={"find-links": shown},
+                context={"find-links": place},
             ) from error
 
 

@@ -11,8 +11,9 @@ import httpx
 
 from envbuilder.errors import InputError
 from envbuilder.index.find_links import FindLinks
-from envbuilder.index.simple import FileSource, Index, variable, without_credentials
+from envbuilder.index.simple import FileSource, Index, variable
 from envbuilder.pip_settings import PUBLIC_INDEX, PipSettings, read_pip_settings
+from envbuilder.urls import shown
 
 DEFAULT_INDEX = "default"
 
@@ -49,7 +50,7 @@ def index_url(name: str) -> str:
         raise InputError(
             f"The index {name} must be reached over http or https.",
             remedy=f"export {variable(name)}=URL",
-            context={"index": name, "got": without_credentials(url)},
+            context={"index": name, "got": shown(url)},
         )
     return url
 

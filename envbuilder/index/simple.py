@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from envbuilder.index.asking import PAGE_BYTES, Answer, Unanswered, ask
 from envbuilder.index.page import IndexFile, parse_page, with_credentials
 from envbuilder.index.remote_wheel import METADATA_BYTES, read_metadata
 from envbuilder.lock import LockedFile
+from envbuilder.urls import shown
 
 _MISSING = frozenset({403, 404, 410})
 """An index without a package answers so; some refuse what they don't have."""
@@ -218,7 +218,7 @@ class Index:
         return NetworkError(
             f"The index {self.name} doesn't give {what}: {reason}.",
             remedy=f"Check that the index is reachable and has {what}; another one: {self._setting}",
-            context={"index": self.name, "url": without_credentials(url)},
+            context={"index": self.name, "url": shown(url)},
         )
 
 
@@ -240,8 +240,3 @@ def _same(offer: IndexFile, file: LockedFile) -> Offer | None:
 def variable(name: str) -> str:
     """The environment variable that says the URL of the index `name`."""
     return f"ENVBUILDER_INDEX_{name.upper().replace('-', '_')}_URL"
-
-
-def without_credentials(url: str) -> str:
-    """`url` fit to be shown; it need not be a valid one, so all before its last @ is taken for a secret."""
-    return re.sub(r"//\S*@", "//", url)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from packaging.tags import Tag, create_compatible_tags_selector
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+from packaging.utils import BuildTag, InvalidWheelFilename, parse_wheel_filename
 from packaging.version import Version
 
 from envbuilder.errors import InputError
@@ -19,7 +19,7 @@ from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 from envbuilder.resolve.kept import Resolution
 from envbuilder.resolve.sources import Source
-from envbuilder.target import Target, python_versions, target_for
+from envbuilder.target import Target, python_versions, serves, target_for
 
 _CONNECTIONS = 16
 
@@ -86,12 +86,17 @@ def _wheel_entry(
 
 def _wheels(recipe: Recipe, index: Index, name: str, version: str, targets: list[Target]) -> list[IndexFile]:
     """The wheels that installers on `targets` would choose, in the order of their names."""
-    candidates = [(file, tags) for file in index.files(name) if (tags := _tags_of(file, version)) is not None]
+    wheels = [wheel for file in index.files(name) if (wheel := _wheel(file, version))]
+    # A file that is yanked by itself gives way to the others; a yanked release was asked for (PEP 592).
+    wheels = [wheel for wheel in wheels if not wheel.file.yanked] or wheels
+    # Of equal tags the highest build number (PEP 427): the selector keeps the order that it is given.
+    wheels.sort(key=lambda wheel: wheel.build, reverse=True)
     chosen = {}
     for target in targets:
+        candidates = [(w.file, w.tags) for w in wheels if serves(w.file.requires_python, target.python)]
         best = next(create_compatible_tags_selector(target.tags)(candidates), None)
         if best is None:
-            offered = " ".join(sorted({str(tag) for _, tags in candidates for tag in tags}))
+            offered = " ".join(sorted({str(tag) for wheel in wheels for tag in wheel.tags}))
             raise InputError(
                 f"{name} {version} has no wheel for Python {target.python} on the target of {recipe.name}: "
                 f"the target takes {target.tags[0]} and older, the wheels are {offered or 'none'}.",
@@ -100,20 +105,27 @@ def _wheels(recipe: Recipe, index: Index, name: str, version: str, targets: list
                     "package": f"{name} {version}",
                     "index": index.name,
                     "target": f"{target.tags[0]} and older",
-                    "wheels": ", ".join(file.filename for file, _ in candidates) or "none",
+                    "wheels": ", ".join(wheel.file.filename for wheel in wheels) or "none",
                 },
             )
         chosen[best.filename] = best
     return [index.complete(chosen[filename]) for filename in sorted(chosen)]
 
 
-def _tags_of(file: IndexFile, version: str) -> frozenset[Tag] | None:
-    """The tags of `file` if it is a wheel of `version`."""
+@dataclass(frozen=True, slots=True)
+class _Wheel:
+    file: IndexFile
+    build: BuildTag
+    tags: frozenset[Tag]
+
+
+def _wheel(file: IndexFile, version: str) -> _Wheel | None:
+    """`file` if it is a wheel of `version`."""
     try:
-        _, found, _, tags = parse_wheel_filename(file.filename)
+        _, found, build, tags = parse_wheel_filename(file.filename)
     except InvalidWheelFilename:
         return None
-    return tags if found == Version(version) else None
+    return _Wheel(file, build, tags) if found == Version(version) else None
 
 
 def _source_entry(

@@ -1,14 +1,15 @@
 """Versions for the three groups of a lock, on each Python of its target.
 
 Runtime is resolved first; build and tool follow with the versions found so far as constraints, so that one
-version of a package serves all groups.
+version of a package serves all groups. Where that can't be, the tool alone has versions of its own: it never
+runs in the same environment as the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,8 +24,9 @@ from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 from envbuilder.requirements import BUILD_TOOLS, tool_requires, trainer_requires
 from envbuilder.resolve.combined_index import CombinedIndex, open_combined_index
+from envbuilder.resolve.diagnosis import explained, releases_above
 from envbuilder.resolve.kept import Resolution
-from envbuilder.resolve.protocol import Request, Resolver, Versions
+from envbuilder.resolve.protocol import NoSolution, Request, Resolver, Versions
 from envbuilder.resolve.sources import Source
 from envbuilder.stubs import KnownPackage
 from envbuilder.target import python_versions, target_for
@@ -49,10 +51,41 @@ def resolve_groups(
     with _asked(recipe, indexes, cache) as index:
         groups = _GroupResolver(recipe, wanted, resolver, indexes, index, kept or {}, reporter)
         resolution = groups.resolution()
+        groups.warn_of_newer(resolution["runtime"])
         _check_result(recipe, sources, resolution)
         for name in sorted(groups.vain_exclusions()):
             reporter.warn(f"[[exclude]] names {name}, which nothing in {recipe.name} requires.")
     return resolution
+
+
+def choose_sources(
+    recipe: Recipe,
+    offered: Mapping[str, tuple[str, ...]],
+    *,
+    resolver: Resolver,
+    indexes: Mapping[str, Index],
+    cache: Path,
+    reporter: Reporter,
+) -> Versions:
+    """A version of each source package in `offered` (name → versions, newest first): the newest that the
+    runtime's other packages admit; without a solution the newest of all, for `resolve_groups` to explain."""
+    chosen = {name: versions[0] for name, versions in offered.items()}
+    if all(len(versions) == 1 for versions in offered.values()):
+        return chosen
+    # What each of them requires is known only once it has been read.
+    sources = tuple(KnownPackage(name, versions, ()) for name, versions in offered.items())
+    wanted = replace(_wanted(recipe, {}, indexes), sources=sources)
+    reporter.stage(f"choosing the versions of {', '.join(offered)}")
+    with _asked(recipe, indexes, cache) as index:
+        groups = _GroupResolver(recipe, wanted, resolver, indexes, index, {}, reporter)
+        try:
+            found = groups.answer("runtime", python_versions(recipe.target)[0], {})
+        except InputError:
+            return chosen
+    return {
+        name: found[name] if found.get(name) in versions else chosen[name]
+        for name, versions in offered.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +135,17 @@ class _GroupResolver:
         if not self.wanted.requirements[group]:
             return {}
         self.reporter.stage(f"resolving {group} for Python {python} with {self.resolver.name}")
+        try:
+            return self.answer(group, python, found, excluded)
+        except NoSolution as error:
+            if group == "tool" and found:
+                return self.answer(group, python, {}, excluded)
+            raise explained(error, self.recipe, python, self.index_of) from error
+
+    def answer(
+        self, group: Group, python: str, found: Versions, excluded: frozenset[str] | None = None
+    ) -> Versions:
+        """As `resolve`, in one question, and with the resolver's own error."""
         # The tool runs on its own: without the machine's packages, and with all that it requires.
         provided = self.wanted.provided if group != "tool" else ()
         if excluded is None:
@@ -114,6 +158,7 @@ class _GroupResolver:
             requirements=self.wanted.requirements[group],
             constraints=(
                 *(f"{name}=={version}" for name, version in sorted(found.items())),
+                *(self.only_sdists(source) for source in self.wanted.sources),
                 *(_provided_requirements(self.recipe) if provided else ()),
             ),
             known=known,
@@ -138,18 +183,52 @@ class _GroupResolver:
         except EnvbuilderError as error:
             if self.asked.combined and self.asked.combined.failure:
                 raise self.asked.combined.failure from error
-            name = error.context.get("package")
-            if name is None or not self.has_sdists_only(name):
-                raise
-            raise InputError(
-                f"{name} has only sdists in its index, and {request.what} need it.",
-                remedy=f"Add [build.{name}] to recipes/{self.recipe.name}.toml, so that it is compiled.",
-                context=error.context,
-            ) from error
+            raise
 
-    def has_sdists_only(self, name: str) -> bool:
-        files = _index_of(self.recipe, self.indexes, name).offers(name)
-        return bool(files) and not any(file.filename.endswith(".whl") for file in files)
+    def index_of(self, name: str) -> Index:
+        return _index_of(self.recipe, self.indexes, name)
+
+    def only_sdists(self, source: KnownPackage) -> str:
+        """Bars the wheels that the index may have of other versions than those of the sdists."""
+        if len(source.versions) == 1:
+            return f"{source.name}=={source.versions[0]}"
+        files = self.index_of(source.name).files(source.name)
+        released = {version for file in files if (version := _wheel_version(file))}
+        others = sorted(released - set(map(Version, source.versions)))
+        return source.name + ",".join(f"!={version}" for version in others)
+
+    def warn_of_newer(self, runtime: Mapping[str, Versions]) -> None:
+        """Warns where a package that the recipe requires isn't the newest that it admits, and says why; not
+        where it was kept."""
+        compiled = {source.name for source in self.wanted.sources}
+        told: set[tuple[str, str, str]] = set()
+        for python, versions in runtime.items():
+            kept = self.kept.get("runtime", {}).get(python, {})
+            for requirement in map(Requirement, self.recipe.requirements):
+                name = canonicalize_name(requirement.name)
+                if name in compiled or name not in versions or versions[name] == kept.get(name):
+                    continue
+                newer = releases_above(
+                    self.index_of(name).files(name), requirement.specifier, versions[name], python
+                )
+                if newer and (key := (name, versions[name], str(newer[-1]))) not in told:
+                    told.add(key)
+                    # The next one too: what keeps the newest away may be another thing.
+                    reasons = dict.fromkeys(self.why_not(name, newer[i], python) for i in (-1, 0))
+                    self.reporter.warn(
+                        f"{name} {versions[name]} is locked, though {self.recipe.name} admits {newer[-1]}. "
+                        + " ".join(reasons)
+                    )
+
+    def why_not(self, name: str, version: Version, python: str) -> str:
+        try:
+            self.answer("runtime", python, {name: str(version)})
+        except NoSolution as error:
+            reason = explained(error, self.recipe, python, self.index_of)
+            if "no wheel" in reason.context:
+                return f"{version}: {reason.context['no wheel']}. {reason.remedy}"
+            return f"{version}: {error.said.removeprefix('No solution found when resolving dependencies ')}"
+        return f"{version} fits, with older versions of others: require {name}=={version} to have it."
 
     def vain_exclusions(self) -> set[str]:
         required = {_name(text) for package in self.wanted.sources for text in package.requires}

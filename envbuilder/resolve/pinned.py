@@ -10,16 +10,23 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from envbuilder.errors import InputError
 from envbuilder.resolve.protocol import Versions
 
 
 def read_pins(path: Path) -> Versions:
-    """The versions in a requirements file of `name==version` lines."""
+    """The versions in a requirements file of `name==version` lines; InputError where one is a URL."""
     versions: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         if text and not text.startswith("-"):
             requirement = Requirement(text)
+            if requirement.url is not None:
+                raise InputError(
+                    f"A package requires {requirement.name} by a URL, which no lock can name.",
+                    remedy=f"Exclude {requirement.name} in the recipe, or require versions without it.",
+                    context={"requirement": text},
+                )
             (pin,) = requirement.specifier
             versions[canonicalize_name(requirement.name)] = pin.version
     return versions

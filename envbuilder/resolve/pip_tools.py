@@ -16,12 +16,12 @@ from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
 from envbuilder.resolve import pip_compile_for_target
 from envbuilder.resolve.pinned import read_pins, write_pins
-from envbuilder.resolve.protocol import Request, Versions
+from envbuilder.resolve.protocol import NoSolution, Request, Versions
 from envbuilder.stubs import write_stubs
 
 # pip takes an index that it gave up on for one that has nothing, but warns before.
 _UNREACHABLE = re.compile(r"Retry\(total=0|Max retries exceeded|HTTPError")
-_WHEELLESS = re.compile(r"Could not find a version that satisfies the requirement ([\w.-]+)")
+_WHEELLESS = re.compile(r"satisfies the requirement ([\w.-]+)(?:\[[^]]*\])?([<>=!~][^\s;(]*)?")
 
 
 class PipToolsResolver:
@@ -89,7 +89,7 @@ def _pip_arguments(request: Request) -> list[str]:
     ]
 
 
-def _failure(request: Request, output: str) -> InputError | NetworkError:
+def _failure(request: Request, output: str) -> NoSolution | NetworkError:
     explanation = " ".join(output.partition("Traceback (most recent call last)")[0].split())[:2000]
     if _UNREACHABLE.search(output):
         return NetworkError(
@@ -97,9 +97,5 @@ def _failure(request: Request, output: str) -> InputError | NetworkError:
             remedy="Check that the index is reachable, then run the same command again.",
             context={"python": request.target.python, "pip-compile": explanation},
         )
-    return InputError(
-        f"No versions fit {request.what} for Python {request.target.python}.",
-        remedy=request.remedy,
-        context={"python": request.target.python, "pip-compile": explanation}
-        | ({"package": canonicalize_name(found[1])} if (found := _WHEELLESS.search(explanation)) else {}),
-    )
+    wheelless = tuple(dict.fromkeys("".join(found) for found in _WHEELLESS.findall(explanation)))
+    return NoSolution(request, resolver="pip-compile", said=explanation, wheelless=wheelless)

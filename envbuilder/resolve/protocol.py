@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from envbuilder.errors import InputError
 from envbuilder.stubs import KnownPackage
 from envbuilder.target import Target
 
@@ -38,6 +40,28 @@ class Request:
     """Folder that the resolver may keep things in."""
 
 
+_SAID = 2000
+"""Most characters of a resolver's words that are shown: it may go back through a hundred versions."""
+
+
+class NoSolution(InputError):
+    """No versions fit. `wheelless`: requirements for which the resolver saw no wheel that it could use."""
+
+    def __init__(self, request: Request, *, resolver: str, said: str, wheelless: tuple[str, ...]) -> None:
+        super().__init__(
+            f"No versions fit {request.what} for Python {request.target.python}.",
+            remedy=request.remedy,
+            context={
+                "python": request.target.python,
+                resolver: textwrap.shorten(said, _SAID, placeholder=" …"),
+            },
+        )
+        self.said = self.context[resolver]
+        """The resolver's own words."""
+        self.wheelless = wheelless
+        self.known = request.known
+
+
 class Resolver(Protocol):
     """Chooses the preferred versions, else the newest, that fit together. It only reads metadata: nothing is
     built or run."""
@@ -47,6 +71,6 @@ class Resolver(Protocol):
     def resolve(self, request: Request) -> Versions:
         """The versions of all packages that `request` needs, known ones among them.
 
-        InputError where there is no solution, NetworkError where the index fails. The error's context names
-        in `package` the one without any fitting wheel, if it is that.
+        NoSolution where there is none, InputError where the request can't be answered, NetworkError where the
+        index fails.
         """

@@ -21,7 +21,7 @@ from envbuilder.lock import LockedFile, LockedTree
 from envbuilder.recipe import GitSource, Recipe
 from envbuilder.report import Reporter
 from envbuilder.sdist import SdistMetadata, read_metadata
-from envbuilder.target import admits, python_versions
+from envbuilder.target import python_versions, serves
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +115,27 @@ def _check_git(recipe: Recipe, name: str, metadata: SdistMetadata) -> None:
 
 def _chosen_sdist(recipe: Recipe, name: str, index: Index, kept: str | None) -> IndexFile:
     """That of version `kept` if it is admitted, else the newest."""
+    offered = offered_sdists(recipe, name, index)
+    return offered.get(str(kept)) or next(iter(offered.values()))
+
+
+def offered_sdists(recipe: Recipe, name: str, index: Index) -> dict[str, IndexFile]:
+    """The sdists of source package `name` that the requirements of `recipe` admit, by version, newest first.
+
+    InputError where there is none.
+    """
     wanted = _wanted(recipe, name)
     files = {(version, ending): file for file in index.files(name) for version, ending in _sdist(file, name)}
     sdists = {version: file for (version, ending), file in files.items() if ending == ".tar.gz"}
     # A yanked version counts only where it is asked for by its number (PEP 592).
     pinned = any(specifier.operator in ("==", "===") for specifier in wanted)
-    admitted = list(
-        wanted.filter(
-            version
-            for version, file in sdists.items()
-            if (pinned or not file.yanked) and _serves_all_pythons(recipe, file)
-        )
+    admitted = wanted.filter(
+        version
+        for version, file in sdists.items()
+        if (pinned or not file.yanked) and _serves_all_pythons(recipe, file)
     )
-    if kept is not None and Version(kept) in admitted:
-        return sdists[Version(kept)]
-    newest = max(admitted, default=None)
-    if newest is None:
+    newest_first = sorted(admitted, reverse=True)
+    if not newest_first:
         zipped = sorted(wanted.filter({version for version, ending in files if ending == ".zip"}))
         raise InputError(
             f"The index {index.name} has no sdist (.tar.gz) of {name}{wanted} for all Pythons of the recipe"
@@ -142,7 +147,7 @@ def _chosen_sdist(recipe: Recipe, name: str, index: Index, kept: str | None) -> 
                 "sdists": ", ".join(map(str, sorted(sdists))) or "none",
             },
         )
-    return sdists[newest]
+    return {str(version): sdists[version] for version in newest_first}
 
 
 def _wanted(recipe: Recipe, name: str) -> SpecifierSet:
@@ -165,5 +170,4 @@ def _sdist(file: IndexFile, name: str) -> list[tuple[Version, str]]:
 
 
 def _serves_all_pythons(recipe: Recipe, file: IndexFile) -> bool:
-    wanted = SpecifierSet(file.requires_python or "")
-    return all(admits(wanted, python) for python in python_versions(recipe.target))
+    return all(serves(file.requires_python, python) for python in python_versions(recipe.target))

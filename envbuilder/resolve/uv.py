@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
@@ -17,14 +18,19 @@ from envbuilder.errors import InputError, NetworkError
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
 from envbuilder.resolve.pinned import read_pins, write_pins
-from envbuilder.resolve.protocol import Request, Versions
+from envbuilder.resolve.protocol import NoSolution, Request, Versions
 from envbuilder.stubs import write_stubs
 
 # The glibc versions that uv knows as --python-platform.
 _GLIBC_MINORS = (17, 28, *range(31, 41))
 _UNREACHABLE = re.compile(r"Failed to fetch|error sending request|Request failed|HTTP status", re.IGNORECASE)
 
-_WHEELLESS = re.compile(r"Wheels are required for `([\w.-]+)`")
+# uv's names may carry a marker in braces, which says nothing to a reader.
+_MARKER = re.compile(r"\{[^{}]*\}")
+_WHEELLESS = re.compile(
+    r"(?:Wheels are required for|Wheels are available for|we only found wheels for) `([\w.-]+)"
+)
+_NO_EXTRA = re.compile(r"The package `([\w.-]+)==(\S+)` does not have an extra named `([\w.-]+)`")
 
 
 class UvResolver:
@@ -64,7 +70,22 @@ class UvResolver:
             )
             if completed.returncode != 0:
                 raise _failure(request, completed.output)
+            _check_extras(request, completed.output)
             return read_pins(pins)
+
+
+def _check_extras(request: Request, output: str) -> None:
+    """InputError for an extra that a requirement asks for and the chosen version lacks: uv only warns."""
+    direct = {canonicalize_name(Requirement(text).name) for text in request.requirements}
+    direct -= {package.name for package in request.known}
+    for name, version, extra in _NO_EXTRA.findall(output):
+        if canonicalize_name(name) in direct:
+            raise InputError(
+                f"{name} {version}, the newest that fits {request.what}, has no extra {extra}.",
+                remedy=f"Ask for a newer version, to learn what hinders it: {name}[{extra}]>{version}. "
+                "Or leave the extra out.",
+                context={"package": f"{name} {version}", "extra": extra},
+            )
 
 
 def _settings(request: Request) -> Mapping[str, Any]:
@@ -91,18 +112,26 @@ def _platform(request: Request) -> str:
     return f"{machine}-manylinux_2_{minor}"
 
 
-def _failure(request: Request, output: str) -> InputError | NetworkError:
+def _failure(request: Request, output: str) -> NoSolution | NetworkError:
     said = output[output.find("error:") :].removeprefix("error:") if "error:" in output else output
-    explanation = " ".join(said.replace("cause:", "").split())
+    explanation = " ".join(_MARKER.sub("", said.replace("cause:", "")).split())
     if "No solution found" not in output and _UNREACHABLE.search(output):
         return NetworkError(
             f"An index failed while uv was resolving {request.what}.",
             remedy="Check that the index is reachable, then run the same command again.",
             context={"python": request.target.python, "uv": explanation},
         )
-    return InputError(
-        f"No versions fit {request.what} for Python {request.target.python}.",
-        remedy=request.remedy,
-        context={"python": request.target.python, "uv": explanation}
-        | ({"package": canonicalize_name(found[1])} if (found := _WHEELLESS.search(said)) else {}),
+    wheelless = tuple(
+        f"{name}{versions}"
+        for name in dict.fromkeys(_WHEELLESS.findall(said))
+        for versions in _wheelless_versions(name, explanation) or [""]
+    )
+    return NoSolution(request, resolver="uv", said=explanation, wheelless=wheelless)
+
+
+def _wheelless_versions(name: str, explanation: str) -> list[str]:
+    """The versions of `name` that uv says have no wheels, e.g. [">=1.0,<2.0"]."""
+    return re.findall(
+        rf"(?<![\w.-]){re.escape(name)}(?:\[[^]]*\])?([<>=!~]\S*) (?:has|have) no (?:usable )?wheels",
+        explanation,
     )

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 from envbuilder.bundle import open_bundle
-from envbuilder.lock import Group, LockedFile, LockedModel, LockedModelFile, lock_filename
+from envbuilder.lock import Group, LockedModel, LockedModelFile, lock_filename
 from envbuilder.lock_text import LockEntry, compose_lock
 from envbuilder.model import Bundle, BundleRecord
 from envbuilder.paths import Root
 from envbuilder.recipe import Exclusion, Recipe
-from envbuilder.target import python_versions
+from tests.lab.bundles import lock_entry, locked_file
 from tests.lab.packages import make_sdist, make_wheel
 
 NAME = "sample"
@@ -111,21 +110,8 @@ class Sample:
         ]
 
     def _entry(self, path: Path, group: Group, table: Mapping[str, Any]) -> LockEntry:
-        is_sdist = path.suffix != ".whl"
-        name, version = parse_sdist_filename(path.name) if is_sdist else parse_wheel_filename(path.name)[:2]
-        index = None if "git" in table else "default"
-        file = LockedFile(
-            package=name,
-            version=str(version),
-            filename=path.name,
-            size=path.stat().st_size,
-            sha256=sha256(path.read_bytes()),
-            index=index,
-            is_sdist=is_sdist,
-        )
-        whole = {**({"index": index} if index else {}), **table, **self.tables.get(name, {})}
-        pythons = frozenset(python_versions(self.recipe.target))
-        return LockEntry(name, str(version), {group: pythons}, (file,), whole)
+        file = locked_file(path, None if "git" in table else "default")
+        return lock_entry(self.recipe, file, [group], {**table, **self.tables.get(file.package, {})})
 
     def _model(self, folder: Path) -> LockedModel:
         for name, content in self.model_files.items():

@@ -8,11 +8,17 @@ import pytest
 from envbuilder.compile.jobs import max_jobs
 
 GIB = 1 << 30
+V1 = (
+    "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+)
+V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
 
 
-def machine(folder: Path, *, available: int, cgroup: str, files: dict[str, str]) -> Path:
+def machine(folder: Path, *, available: int, mounts: str, cgroup: str, files: dict[str, str]) -> Path:
     contents = {
         "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {available // 1024} kB\n",
+        "proc/self/mountinfo": mounts,
         "proc/self/cgroup": cgroup,
         **files,
     }
@@ -29,13 +35,14 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("available", "cgroup", "files", "expected"),
+    ("available", "mounts", "cgroup", "files", "expected"),
     [
-        pytest.param(256 * GIB, "", {}, 16, id="the CPUs of this process"),
-        pytest.param(24 * GIB, "", {}, 6, id="the memory that is free"),
-        pytest.param(1 * GIB, "", {}, 1, id="never none"),
+        pytest.param(256 * GIB, "", "", {}, 16, id="the CPUs of this process"),
+        pytest.param(24 * GIB, "", "", {}, 6, id="the memory that is free"),
+        pytest.param(1 * GIB, "", "", {}, 1, id="never none"),
         pytest.param(
             256 * GIB,
+            V2,
             "0::/slurm/job\n",
             {"sys/fs/cgroup/slurm/memory.max": str(12 * GIB), "sys/fs/cgroup/slurm/job/memory.max": "max"},
             3,
@@ -43,6 +50,7 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         pytest.param(
             256 * GIB,
+            V2,
             "0::/job\n",
             {"sys/fs/cgroup/job/cpu.max": "250000 100000"},
             3,
@@ -50,6 +58,7 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         pytest.param(
             256 * GIB,
+            V1,
             "5:memory:/job\n4:cpu,cpuacct:/job\n",
             {
                 "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(8 * GIB),
@@ -62,9 +71,10 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_jobs_follow_what_this_process_may_use(
-    tmp_path: Path, available: int, cgroup: str, files: dict[str, str], expected: int
+    tmp_path: Path, available: int, mounts: str, cgroup: str, files: dict[str, str], expected: int
 ) -> None:
-    assert max_jobs(machine(tmp_path, available=available, cgroup=cgroup, files=files)) == expected
+    system = machine(tmp_path, available=available, mounts=mounts, cgroup=cgroup, files=files)
+    assert max_jobs(system) == expected
 
 
 def test_a_machine_that_tells_nothing_gives_the_cpus(tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def many_links(depth: int, width: int) -> list[Member]:
 def test_a_bomb_is_refused_before_anything_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: list[Member], message: str
 ) -> None:
-    monkeypatch.setattr(unpack, "_LARGEST", 1000)
-    monkeypatch.setattr(unpack, "_MOST_FILES", 50)
+    monkeypatch.setattr(unpack, "LARGEST", 1000)
+    monkeypatch.setattr(unpack, "MOST_FILES", 50)
     path = archive(tmp_path, GOOD, *members)
     with pytest.raises(IntegrityError, match=message):
         unpack_sdist(path, tmp_path / "tree")

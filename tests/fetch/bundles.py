@@ -17,6 +17,7 @@ import httpx
 import tomli_w
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
+from envbuilder.atomic import write_atomically
 from envbuilder.errors import EnvbuilderError
 from envbuilder.fetch import FetchReport, Origins, fetch_bundle
 from envbuilder.index import Index
@@ -135,10 +136,10 @@ class Fetcher:
         """Writes the inputs for `main` and returns its arguments."""
         inputs = self.root.path / "inputs"
         inputs.mkdir(parents=True, exist_ok=True)
-        (inputs / "recipe.toml").write_text(
-            tomli_w.dumps(self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True))
-        )
-        (inputs / f"pylock.{NAME}.toml").write_text(self.lock_text)
+        # Atomically: another process of this test may be reading them.
+        recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        write_atomically(inputs / "recipe.toml", tomli_w.dumps(recipe))
+        write_atomically(inputs / f"pylock.{NAME}.toml", self.lock_text)
         return self.root.path, self.index_url
 
     def start(self, *, largest_file: int | None = None) -> ForkServerProcess:

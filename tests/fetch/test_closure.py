@@ -15,8 +15,8 @@ from envbuilder.lock import Group, SourceLock
 from envbuilder.process import run
 from envbuilder.recipe import CudaSpec, Exclusion, Provided, Recipe, SourceBuild, TargetSpec
 from envbuilder.sandbox import find_sandbox
+from tests.lab.bundles import lock_files
 from tests.lab.index_server import IndexServer
-from tests.lab.locked import lock_files
 from tests.lab.packages import make_sdist, make_wheel
 
 PYTHON = "3.12"
@@ -221,7 +221,7 @@ def test_what_nothing_requires_is_told(case: Case) -> None:
 def test_a_file_that_is_not_there_is_named(case: Case) -> None:
     lock = case.lock()
     (case.bundle / "files" / "base-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(MismatchError, match=r"lacks base-1\.0-py3-none-any\.whl"):
+    with pytest.raises(MismatchError, match=r"lacks files/base-1\.0-py3-none-any\.whl"):
         prove_closure(case.recipe, lock, case.bundle, python=PYTHON, reporter=case.listener)
 
 

@@ -150,10 +150,12 @@ def test_a_package_with_sdists_only_is_to_be_compiled(
     for folder in (server.folder, site.folder):
         make_wheel(folder, "bound", "1.0")
 
-    with pytest.raises(InputError, match="kernels has only sdists") as caught:
+    with pytest.raises(InputError, match=r"kernels 1\.0 is on the index default as an sdist alone") as caught:
         resolve(index=index)
 
-    assert caught.value.remedy == "Add [build.kernels] to recipes/demo.toml, so that it is compiled."
+    assert caught.value.remedy == (
+        "Add [build.kernels] to recipes/demo.toml, so that it is compiled from its sdist."
+    )
 
 
 def test_a_package_whose_wheels_are_for_others_is_not_said_to_have_sdists_only(

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from envbuilder.errors import InputError, NetworkError, UsageError
 from envbuilder.recipe import TargetSpec
 from envbuilder.resolve import KnownPackage, Request, Resolver, resolver_named
+from envbuilder.resolve.protocol import NoSolution
 from envbuilder.target import target_for
 from tests.lab.index_server import IndexServer
 from tests.lab.packages import make_sdist, make_wheel
@@ -228,10 +230,11 @@ def test_a_package_without_any_wheel_is_named(
     make_wheel(server.folder, "mid", "1.0", requires=["dep"])
     make_sdist(server.folder, "dep", "1.0")
 
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(NoSolution) as caught:
         resolver.resolve(dataclasses.replace(question, requirements=(requirement,)))
 
-    assert caught.value.context["package"] == "dep"
+    (text,) = caught.value.wheelless
+    assert Requirement(text).name == "dep"
 
 
 def test_preferred_versions_stay_where_they_fit_and_bring_nothing_in(
