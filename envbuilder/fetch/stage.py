@@ -126,7 +126,7 @@ def fetch_bundle(
 
 
 def _check_links(folder: Path) -> None:
-    """MismatchError where the bundle's folder, or one in it, is a link: `fetch` deletes what is strange there."""
+    """MismatchError where the bundle's folder, or one in it, is a link: what is strange in it is deleted."""
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink() and path.is_dir():
             raise MismatchError(

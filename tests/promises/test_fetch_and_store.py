@@ -643,7 +643,7 @@ def test_promise_14_a_planted_link_leaves_its_target_untouched(
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
     for command in ("lock", "fetch"):
-        place.run(command, place.recipe("small"), before=guessed_names)
+        place.succeed(command, place.recipe("small"), before=guessed_names if kind == "temporary" else int)
         assert state([target]) == before
     is_whole(place, published)
     assert all(not link.is_symlink() for link in links if kind == "final")
