@@ -1,8 +1,12 @@
-"""Machine records of made-up compute nodes."""
+"""Made-up compute nodes: their machine records, and venvs that provide packages."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from envbuilder.machine import MachineRecord, ProbedInterpreter
 from envbuilder.recipe import TargetSpec
@@ -45,3 +49,13 @@ def machine_record(
         provided=dict(provided or {}),
         torch=None,
     )
+
+
+def venv_with(folder: Path, name: str, version: str) -> Path:
+    """A venv that holds one distribution's metadata; returns its python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    minor = ".".join(platform.python_version_tuple()[:2])
+    info = folder / "lib" / f"python{minor}" / "site-packages" / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+    return folder / "bin" / "python"

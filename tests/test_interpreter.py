@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +14,9 @@ from envbuilder.lock_text import compose_lock
 from envbuilder.model import BundleRecord
 from envbuilder.recipe import Recipe, TargetSpec
 from envbuilder.target import narrow_target
-from tests.machines import machine_record
+from tests.machines import machine_record, venv_with
 
 MINOR = ".".join(platform.python_version_tuple()[:2])
-
-
-def venv_with(folder: Path, name: str, version: str) -> Path:
-    """A venv that holds one distribution's metadata; returns its python."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    info = folder / "lib" / f"python{MINOR}" / "site-packages" / f"{name}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
-    return folder / "bin" / "python"
 
 
 def recipe_with(python: Path | str, *packages: str) -> Recipe:

@@ -20,7 +20,7 @@ from envbuilder.report import Quiet
 from envbuilder.target import narrow_target
 from tests.lab.bundles import make_bundle
 from tests.lab.packages import make_wheel
-from tests.machines import machine_record
+from tests.machines import machine_record, venv_with
 
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
 HERE = platform.machine()
@@ -58,3 +58,28 @@ def test_install_refuses_a_lock_of_another_machine(tmp_path: Path) -> None:
             RECIPE, bundle, root=Root(tmp_path / "root"), python=Path(sys.executable), reporter=Quiet()
         )
     assert "envbuilder probe --recipe recipes/tiny.toml --output target.json" in caught.value.remedy
+
+
+def test_install_and_doctor_hold_what_the_machine_provides_against_the_lock(tmp_path: Path) -> None:
+    python = venv_with(tmp_path / "provider", "torch", "2.12.0")
+    recipe = Recipe.model_validate(
+        {
+            "name": "tiny",
+            "requirements": ["tiny"],
+            "target": {"machine": HERE, "glibc": "2.17"},
+            "cuda": {"toolchain": "system"},
+            "provided": {"python": str(python), "packages": ["torch>=2.11"]},
+        }
+    )
+    here = machine_record(
+        python=platform.python_version(), machine=HERE, glibc="2.17", provided={"torch": "2.11.0"}
+    )
+    narrowed = narrow_target(recipe, here)
+    root = Root(tmp_path / "root")
+    bundle = make_bundle(root, narrowed, {make_wheel(tmp_path, "tiny", "1.0"): ["runtime"]}, python=MINOR)
+    with pytest.raises(MismatchError, match=r"what the lock tiny takes .* torch is 2\.12\.0, not ==2\.11\.0"):
+        install_env(recipe, bundle, root=root, python=python, reporter=Quiet())
+    (found,) = run_checks(
+        recipe, root=root, lock=bundle.lock, only=frozenset(["toolchain.cuda"]), reporter=Quiet()
+    )
+    assert (found.verdict, "not ==2.11.0" in found.summary) == ("failed", True)

@@ -88,22 +88,27 @@ def plan_files(
     files: Sequence[Wanted], bundle: Path, store: Store, stamps: Mapping[str, Stamp], reporter: Reporter
 ) -> Plan:
     """What the folder `bundle` lacks of `files`. Where the stamp is unchanged, a file is not read."""
-    meter = _Meter(reporter, "check", sum(file.size for file in files))
+    ordered = sorted(files, key=lambda file: (-file.size, file.path))
+    doubtful = [file for file in ordered if not _unchanged(bundle / file.path, file, stamps)]
+    there = [
+        file
+        for file in doubtful
+        if _has_size(bundle / file.path, file) or _has_size(store.path(file.sha256), file)
+    ]
+    meter = _Meter(reporter, "check", sum(file.size for file in there))
 
     def where(file: Wanted) -> str:
-        path = bundle / file.path
-        unchanged = path.is_file() and stamps.get(file.path) == Stamp.of(path, file.sha256)
-        place = "bundle" if unchanged or _is(path, file) else "origin"
+        place = "bundle" if _is(bundle / file.path, file) else "origin"
         if place == "origin" and _is(store.path(file.sha256), file):
             place = "store"
         meter.count(file.size)
         return place
 
-    ordered = sorted(files, key=lambda file: (-file.size, file.path))
-    found = list(zip(ordered, _in_parallel(where, ordered, meter.stop), strict=True))
+    paths = [file.path for file in there]
+    places = dict(zip(paths, _in_parallel(where, there, meter.stop), strict=True))
     return Plan(
-        store=tuple(file for file, place in found if place == "store"),
-        origin=tuple(file for file, place in found if place == "origin"),
+        store=tuple(file for file in doubtful if places.get(file.path) == "store"),
+        origin=tuple(file for file in doubtful if places.get(file.path, "origin") == "origin"),
     )
 
 
@@ -135,14 +140,18 @@ def bring_files(plan: Plan, bundle: Path, store: Store, reporter: Reporter) -> N
     _in_parallel(bring, [tuple(same) for same in by_content.values()], meter.stop)
 
 
+def _unchanged(path: Path, file: Wanted, stamps: Mapping[str, Stamp]) -> bool:
+    """Whether `path` is as it was when it last had the bytes that the lock names now."""
+    return path.is_file() and stamps.get(file.path) == Stamp.of(path, file.sha256)
+
+
+def _has_size(path: Path, file: Wanted) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == file.size
+
+
 def _is(path: Path, file: Wanted) -> bool:
     """Whether `path` has the bytes that the lock names."""
-    return (
-        path.is_file()
-        and not path.is_symlink()
-        and path.stat().st_size == file.size
-        and hash_file(path) == file.sha256
-    )
+    return _has_size(path, file) and hash_file(path) == file.sha256
 
 
 def _place(store: Store, file: Wanted, bundle: Path) -> None:
