@@ -60,6 +60,16 @@ def new_file(path: Path, *, size: int, mode: int = FILE_MODE, durable: bool = Tr
             fsync_folder(path.parent)
 
 
+def is_new_file(path: Path) -> bool:
+    """Whether `path` is, by its name and kind, a file on its way to its name."""
+    return (
+        path.name.startswith(".")
+        and path.name.endswith(NEW_SUFFIX)
+        and path.is_file()
+        and not path.is_symlink()
+    )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed writers left in `folder`: new files that nobody has written to for an hour."""
     for path in folder.glob(f".*{NEW_SUFFIX}"):

@@ -30,6 +30,7 @@ import httpx
 
 from envbuilder.atomic import writing
 from envbuilder.errors import IntegrityError, NetworkError
+from envbuilder.urls import shown
 
 CHUNK = 1 << 20
 """Bytes that are received, or read back, hashed and written at once."""
@@ -269,19 +270,19 @@ class _Download:
 
     def failure(self, reason: str) -> NetworkError:
         return NetworkError(
-            f"{_shown(self.url)} could not be fetched: {reason.rstrip('.')}.",
+            f"{shown(self.url)} could not be fetched: {reason.rstrip('.')}.",
             remedy="Check the network, the proxy and the index's URL (pip config list), then run the same "
             "command again: it goes on from what it has.",
-            context={"url": _shown(self.url)},
+            context={"url": shown(self.url)},
         )
 
     def refusal(self, what: str, expected: object, got: object) -> IntegrityError:
         return IntegrityError(
-            f"The server's {_shown(self.url).rpartition('/')[2]} is not the file that the lock names: "
+            f"The server's {shown(self.url).rpartition('/')[2]} is not the file that the lock names: "
             f"its {what} differs.",
             remedy="Find out why this index has another file of that name; if the new file is wanted: "
             "envbuilder lock RECIPE",
-            context={"url": _shown(self.url), "expected": f"{what} {expected}", "got": f"{what} {got}"},
+            context={"url": shown(self.url), "expected": f"{what} {expected}", "got": f"{what} {got}"},
         )
 
 
@@ -319,8 +320,3 @@ def _seconds(retry_after: str | None, otherwise: float) -> float:
     if moment.tzinfo is None:
         return otherwise
     return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), _LONGEST_PAUSE)
-
-
-def _shown(url: str) -> str:
-    """`url` without its credentials and query, fit for messages and logs; it need not be a valid URL."""
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url)[0])

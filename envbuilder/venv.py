@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
+import zipfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from uv import find_uv_bin
 
@@ -60,8 +62,11 @@ def install_wheels(venv: Path, wheels: Sequence[WheelFile], *, scratch: Path, re
 
     uv hashes each wheel while it unpacks it, so what is installed is what was verified: nothing unpacked
     earlier is trusted. `scratch` must be on the venv's file system: files are unpacked there and linked.
-    Raises IntegrityError (with `remedy`) where a wheel has other bytes than its sha256 says.
+    Raises IntegrityError where a wheel has other bytes than its sha256 says (with `remedy`), or members that
+    no wheel may have.
     """
+    for wheel in wheels:
+        _check_members(wheel.path)
     make_folder(scratch)
     with tempfile.TemporaryDirectory(prefix="unpack-", dir=scratch, ignore_cleanup_errors=True) as private:
         lock = Path(private) / "pylock.toml"
@@ -78,6 +83,28 @@ def install_wheels(venv: Path, wheels: Sequence[WheelFile], *, scratch: Path, re
         )
     if done.returncode != 0:
         raise _failure(venv, wheels, done.output.strip(), remedy)
+
+
+def _check_members(wheel: Path) -> None:
+    """IntegrityError for members that lead out of the env, are links, or come twice: uv would leave some of
+    them out without a word. Whether these are the wheel's right bytes, uv sees."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = archive.infolist()
+    except (OSError, zipfile.BadZipFile):
+        return  # uv refuses it
+    names: set[str] = set()
+    for member in members:
+        path, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
+        astray = path.is_absolute() or ".." in path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+        if astray or member.filename in names:
+            raise IntegrityError(
+                f"The wheel {wheel.name} is refused, and nothing of it was installed: its member "
+                f"{member.filename!r} {'is no file in it' if astray else 'comes twice'}.",
+                remedy=f"Report it to whoever publishes {wheel.name}, and lock another version.",
+                context={"file": wheel},
+            )
+        names.add(member.filename)
 
 
 def _failure(venv: Path, wheels: Sequence[WheelFile], output: str, remedy: str) -> EnvbuilderError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import envbuilder.toolchain
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.machine import TorchBuild, machine_text, read_machine
 from envbuilder.probe import probe_machine
-from tests.machines import machine_record
+from tests.machines import machine_record, venv_with
 
 HERE = Path(sys.executable)
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -71,16 +70,11 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 @pytest.fixture
 def provider(tmp_path: Path) -> Path:
     """A venv's python with a torch."""
-    folder = tmp_path / "provider"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    library = folder / "lib" / f"python{MINOR}" / "site-packages"
-    (library / "torch-2.11.0+cu130.dist-info").mkdir()
-    (library / "torch-2.11.0+cu130.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0+cu130\n", encoding="utf-8"
-    )
-    (library / "torch").mkdir()
-    (library / "torch" / "__init__.py").write_text(TORCH, encoding="utf-8")
-    return folder / "bin" / "python"
+    python = venv_with(tmp_path / "provider", "torch", "2.11.0+cu130")
+    package = tmp_path / "provider" / "lib" / f"python{MINOR}" / "site-packages" / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(TORCH, encoding="utf-8")
+    return python
 
 
 def test_the_interpreter_tells_its_own_tags_and_markers(provider: Path) -> None:

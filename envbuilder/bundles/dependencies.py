@@ -57,7 +57,8 @@ def dependency_graph(
             if file.is_sdist
             else _metadata(bundle_file(bundle, file)).get("requires_dist", [])
         )
-        for file in bundle.lock.select(target, GROUPS)
+        # Where the tool has another version of a package, the env's counts.
+        for file in reversed(bundle.lock.select(target, GROUPS))
     }
     requires |= {wheel.name: wheel.requires for wheel in own}
     requires[""] = tuple(roots)

@@ -44,18 +44,22 @@ def bill_of_materials(bundle: Bundle) -> str:
     target = target_for(bundle.lock.target, bundle.record.python)
     own = own_wheels(bundle)
     groups = _groups(bundle, target)
-    components = {
-        file.package: package_component(bundle, file, groups[file.package])
+    packages = [
+        (file, package_component(bundle, file, groups[file.package, file.version]))
         for file in bundle.lock.select(target, GROUPS)
-    }
+    ]
+    # The tool may have another version of a package: the env's, which comes first, is in the graph.
+    components = {file.package: component for file, component in reversed(packages)}
     tool, *trainer = own
     components[tool.name] = own_component(tool, ComponentScope.EXCLUDED)
     components |= {wheel.name: own_component(wheel, ComponentScope.REQUIRED) for wheel in trainer}
+    in_graph = {id(component) for component in components.values()}
+    others = [component for _, component in packages if id(component) not in in_graph]
     models = [model_component(model) for model in bundle.lock.models]
     root = environment_component(bundle, recipe)
 
     bom = Bom(
-        components=[*components.values(), *models],
+        components=[*others, *components.values(), *models],
         serial_number=_serial(bundle),
         metadata=BomMetaData(
             component=root, tools=ToolRepository(components=[Component(name=tool.name, version=tool.version)])
@@ -69,12 +73,12 @@ def bill_of_materials(bundle: Bundle) -> str:
     return _text(bom)
 
 
-def _groups(bundle: Bundle, target: Target) -> dict[str, list[Group]]:
-    """Package → the groups that need it on `target`."""
-    groups: dict[str, list[Group]] = {}
+def _groups(bundle: Bundle, target: Target) -> dict[tuple[str, str], list[Group]]:
+    """Package and version → the groups that need it on `target`."""
+    groups: dict[tuple[str, str], list[Group]] = {}
     for group in GROUPS:
         for file in bundle.lock.select(target, (group,)):
-            groups.setdefault(file.package, []).append(group)
+            groups.setdefault((file.package, file.version), []).append(group)
     return groups
 
 

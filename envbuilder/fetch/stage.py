@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli_w
 
 from envbuilder import __version__
-from envbuilder.atomic import NEW_SUFFIX, make_folder, remove_leftovers, write_atomically, writing
+from envbuilder.atomic import is_new_file, make_folder, remove_leftovers, write_atomically, writing
 from envbuilder.build_downloads import downloads_of, report_downloads
 from envbuilder.bundle import RECIPE, RECORD, START, TOOL, check_folders
 from envbuilder.errors import MismatchError
@@ -151,8 +151,4 @@ def _has(path: Path, content: bytes) -> bool:
 def _others(folder: Path, known: set[Path]) -> list[Path]:
     """Files below `folder` beside those known; hidden new ones are on their way."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [path for path in found if path not in known and not _on_its_way(path)]
-
-
-def _on_its_way(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(NEW_SUFFIX) and not path.is_symlink()
+    return [path for path in found if path not in known and not is_new_file(path)]

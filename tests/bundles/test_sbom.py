@@ -15,6 +15,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from envbuilder.bundles.sbom import bill_of_materials
 from envbuilder.errors import InputError, IntegrityError, MismatchError
+from envbuilder.lock_text import LockEntry
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from tests.bundles.samples import (
@@ -26,6 +27,7 @@ from tests.bundles.samples import (
     Sample,
     sha256,
 )
+from tests.lab.packages import make_wheel
 
 
 @pytest.fixture
@@ -49,7 +51,6 @@ def needs(bill: dict[str, Any], ref: str) -> set[str]:
 
 
 def test_the_schema_of_cyclonedx_holds(bundle: Bundle) -> None:
-    pytest.importorskip("jsonschema", reason="cyclonedx-python-lib[json-validation]")
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bill_of_materials(bundle)) is None
 
 
@@ -124,6 +125,18 @@ def test_the_dependency_graph_follows_extras_markers_and_the_lock(bill: dict[str
     assert needs(bill, "pkg:pypi/native@1.5") == {"pkg:pypi/leaf@1.0"}
     assert needs(bill, "pkg:generic/envbuilder-trainer@0.1") == {"pkg:pypi/top@2.0"}
     assert needs(bill, "pkg:generic/envbuilder@0.1") == {"pkg:pypi/helper@1.0"}
+
+
+def test_a_version_that_the_tool_alone_has_is_there_and_out_of_scope(tmp_path: Path) -> None:
+    class TwoVersions(Sample):
+        def _entries(self, folder: Path) -> list[LockEntry]:
+            older = make_wheel(folder, "leaf", "0.5", requires=["quick"])
+            return [self._entry(older, "tool", {}), *super()._entries(folder)]
+
+    bill = json.loads(bill_of_materials(TwoVersions(Root(tmp_path)).make()))
+    leaves = {item["version"]: item["scope"] for item in bill["components"] if item["name"] == "leaf"}
+    assert leaves == {"1.0": "required", "0.5": "excluded"}
+    assert "pkg:pypi/leaf@1.0" in needs(bill, "pkg:pypi/top@2.0")
 
 
 def test_without_the_extra_there_is_no_such_dependency(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def test_promise_24_a_model_that_is_not_pinned_safe_and_whole_is_refused(
     line: str,
     said: str,
 ) -> None:
-    """A branch name for a revision, pickle weights, remote code not in the lock, a missing shard → refused."""
+    """A branch name for a revision, pickle weights, remote code not in the lock, a missing shard →
+    refused."""
     folder = tmp_path / "repository"
     shutil.copytree(published.hub / REPO, folder)
     for name, text in changes.items():
@@ -76,7 +77,8 @@ def test_promise_24_a_model_that_is_not_pinned_safe_and_whole_is_refused(
 def test_promise_24_a_bundle_has_no_code_of_a_model_but_what_its_lock_names(
     place: Workplace, hub: HubServer, published: Published, tmp_path: Path
 ) -> None:
-    """A branch name for a revision, pickle weights, remote code not in the lock, a missing shard → refused."""
+    """A branch name for a revision, pickle weights, remote code not in the lock, a missing shard →
+    refused."""
     folder = tmp_path / "repository"
     shutil.copytree(published.hub / REPO, folder)
     for name, text in {**CODE, "pytorch_model.bin": "pickle"}.items():
