@@ -105,7 +105,7 @@ class Workplace:
         outcome = Path(tempfile.mkdtemp(dir=self.folder / "outcomes"))
         for name in ("out", "err"):
             (outcome / name).touch()
-        arguments = (self.folder, self._environment(), ("--json", *map(str, words)), outcome, before)
+        arguments = (self.folder, self.environment, ("--json", *map(str, words)), outcome, before)
         process = PROCESSES.Process(target=_command, args=arguments)
         process.start()
         return Running(process, outcome)
@@ -122,7 +122,9 @@ class Workplace:
     def fetch(self, name: str, *, before: Before = int) -> Ended:
         return self.run("fetch", self.recipe(name), before=before)
 
-    def _environment(self) -> dict[str, str]:
+    @property
+    def environment(self) -> dict[str, str]:
+        """All variables of a command."""
         home = self.folder / "home"
         return {
             "PATH": os.environ["PATH"],

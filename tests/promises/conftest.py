@@ -76,6 +76,16 @@ def publish_tools(folder: Path) -> None:
         make_wheel(folder, Requirement(text).name, least.version)
 
 
+def publish_plain(folder: Path, **files: str) -> Path:
+    """An sdist that builds with nothing but Python; `files` stand in for those of its files, or beside them."""
+    return make_sdist(folder, "plain", "1.0", files={**plain_files(), **files})
+
+
+def plain_files() -> dict[str, str]:
+    """Those of that sdist, by name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in _PLAIN.glob("*.*")}
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     folder = tmp_path_factory.mktemp("published")
@@ -92,7 +102,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
         hub=folder / "hub",
         big=make_wheel(index, "big", "1.0", files={"big.bin": content(3_000_000)}),
         one=make_wheel(index, "one", "1.0"),
-        plain=make_sdist(index, "plain", "1.0", files={p.name: p.read_bytes() for p in _PLAIN.glob("*.*")}),
+        plain=publish_plain(index),
         weights=model / "model.safetensors",
         config=model / "config.json",
     )
