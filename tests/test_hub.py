@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -364,33 +363,6 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(
     assert len(server.content_requests) == 3
     assert {headers.get("authorization") for _, _, headers in server.requests} == {f"Bearer {TOKEN}"}
     assert not any("authorization" in headers for _, _, headers in server.content_requests)
-
-
-def test_the_token_does_not_go_from_https_to_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=lab"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-    )
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, key)
-    monkeypatch.setenv("PIP_CERT", str(certificate))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    write(tmp_path / "repos" / REPO, FILES)
-    with HubServer(tmp_path / "repos", tls=tls) as server:
-        server.tokens.add(TOKEN)
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        # The very same host name too: only the scheme and the port differ.
-        for name in ("localhost", "127.0.0.1"):
-            server.content_host = name
-            with open_hub() as hub:
-                model = hub.lock_model("tiny", ModelSpec(repo=REPO), kept=None, reporter=Quiet())
-                bring(hub, model, tmp_path / name)
-        assert all(headers["authorization"] == f"Bearer {TOKEN}" for _, _, headers in server.requests)
-        assert len(server.content_requests) == 4
-        assert not any("authorization" in headers for _, _, headers in server.content_requests)
 
 
 def test_without_leave_to_use_the_stored_token_none_is_sent(

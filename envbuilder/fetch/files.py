@@ -24,6 +24,8 @@ from envbuilder.store import Store
 
 AT_ONCE = max(4, min(8, 2 * len(os.sched_getaffinity(0))))
 """Files transferred, or hashed, at the same time: each keeps up to two processors busy."""
+_TRIES = 100
+"""For a link to a file that others are replacing by its equal."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -162,18 +164,28 @@ def _place(store: Store, file: Wanted, bundle: Path) -> None:
     with writing(destination, file.size):
         make_folder(destination.parent)
         try:
-            os.link(stored, link)
-        except FileNotFoundError as error:
-            raise NetworkError(
-                f"Another process has removed {stored} meanwhile.",
-                remedy="Run the same command again.",
-                context={"file": stored},
-            ) from error
+            _link(stored, link)
         except OSError:
             copy_verified(stored, file.sha256, file.size, destination)
             return
         link.replace(destination)
         link.unlink(missing_ok=True)  # where both were the same file, `replace` has done nothing
+
+
+def _link(stored: Path, link: Path) -> None:
+    """A hard link to `stored`; OSError where the file system has none, NetworkError where it is gone."""
+    for _ in range(_TRIES):
+        try:
+            return os.link(stored, link)
+        except FileNotFoundError:
+            # link(2) says so too where another fetch has put the same bytes in its place at this moment.
+            if not stored.exists():
+                break
+    raise NetworkError(
+        f"Another process has removed {stored} meanwhile.",
+        remedy="Run the same command again.",
+        context={"file": stored},
+    )
 
 
 class _Meter:

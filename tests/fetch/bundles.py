@@ -1,31 +1,24 @@
-"""Recipes and locks for files that a test has made, and running a fetch of them in a process of its own."""
+"""Recipes and locks for files that a test has made, and fetching them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
-import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 import tomli_w
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
-from envbuilder.atomic import write_atomically
-from envbuilder.errors import EnvbuilderError
 from envbuilder.fetch import FetchReport, Origins, fetch_bundle
 from envbuilder.index import Index
 from envbuilder.lock import SourceLock, parse_lock
 from envbuilder.paths import Root
-from envbuilder.recipe import Recipe, load_recipe
+from envbuilder.recipe import Recipe
 from envbuilder.report import Quiet, Reporter
-from tests.lab.index_server import loopback_client
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 NAME = "small"
@@ -131,50 +124,3 @@ class Fetcher:
             reporter=reporter or Quiet(),
             verify=verify,
         )
-
-    def prepare(self) -> tuple[Path, str]:
-        """Writes the inputs for `main` and returns its arguments."""
-        inputs = self.root.path / "inputs"
-        inputs.mkdir(parents=True, exist_ok=True)
-        # Atomically: another process of this test may be reading them.
-        recipe = self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-        write_atomically(inputs / "recipe.toml", tomli_w.dumps(recipe))
-        write_atomically(inputs / f"pylock.{NAME}.toml", self.lock_text)
-        return self.root.path, self.index_url
-
-    def start(self, *, largest_file: int | None = None) -> ForkServerProcess:
-        """The same fetch in a process of its own; `largest_file` is its RLIMIT_FSIZE, in bytes."""
-        process = PROCESSES.Process(target=main, args=(*self.prepare(), largest_file))
-        process.start()
-        return process
-
-    def outcome(self) -> dict[str, Any]:
-        """What the fetch in another process ended with: its error, or its report."""
-        outcome: dict[str, Any] = json.loads((self.root.path / "inputs" / "outcome.json").read_text())
-        return outcome
-
-
-# Forked from a process that has imported everything: a test can start, and kill, dozens of them.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", __name__])
-
-
-def main(root: Path, index_url: str, largest_file: int | None = None) -> NoReturn:
-    """Fetches, writes `outcome.json`, and exits as envbuilder does."""
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    inputs = root / "inputs"
-    exit_code = 0
-    with loopback_client() as client:
-        text = (inputs / f"pylock.{NAME}.toml").read_text()
-        fetcher = Fetcher(Root(root), index_url, client, text, load_recipe(inputs / "recipe.toml"))
-        try:
-            outcome: dict[str, object] = {"transferred_files": fetcher.fetch().transferred_files}
-        except EnvbuilderError as error:
-            outcome, exit_code = error.to_json(), error.exit_code
-    (inputs / "outcome.json").write_text(json.dumps(outcome))
-    sys.exit(exit_code)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

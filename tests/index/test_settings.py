@@ -194,43 +194,6 @@ def test_netrc_does_not_replace_what_a_request_brings_itself(own_settings: Path,
     assert server.requests[0][1]["authorization"] == "Bearer token"
 
 
-def test_what_netrc_has_for_the_first_host_is_not_sent_where_it_redirects(
-    own_settings: Path, server: IndexServer, elsewhere: IndexServer
-) -> None:
-    netrc = own_settings / ".netrc"
-    netrc.write_text("machine 127.0.0.1 login user password secret\n")
-    netrc.chmod(0o600)
-    url = elsewhere.url.replace("127.0.0.1", "localhost")
-    server.faults["thing"] = [Fault(status=302, headers={"Location": f"{url}/thing/"})]
-
-    with open_client() as client:
-        Index("default", server.url, client).files("thing")
-
-    assert user_of(server) == "user:secret"
-    assert user_of(elsewhere) is None
-
-
-def test_credentials_do_not_go_from_https_to_http_on_the_same_host(
-    own_settings: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    elsewhere: IndexServer,
-    certificate: Path,
-) -> None:
-    monkeypatch.setenv("PIP_CERT", str(certificate))
-    netrc = own_settings / ".netrc"
-    netrc.write_text("machine 127.0.0.1 login user password secret\n")
-    netrc.chmod(0o600)
-    folder = tmp_path / "secure"
-    folder.mkdir()
-    with IndexServer(folder, certificate=certificate) as secure, open_client() as client:
-        secure.faults["thing"] = [Fault(status=302, headers={"Location": f"{elsewhere.url}/thing/"})]
-        Index("default", secure.url, client).files("thing")
-
-        assert user_of(secure) == "user:secret"
-    assert user_of(elsewhere) is None
-
-
 def test_a_netrc_that_can_not_be_read_is_named(own_settings: Path) -> None:
     (own_settings / ".netrc").write_text("machine 127.0.0.1 nonsense\n")
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from envbuilder.paths import Root
 
 # Forked from a process that has imported everything: a test can start, and kill, dozens of them.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "tests.fetch.bundles", __name__])
+PROCESSES.set_forkserver_preload(["pytest", __name__])
 
 OPENED_A_SOCKET = 99
 """Exit code of a command that was started with `no_sockets`, and opened one."""
@@ -170,6 +171,29 @@ def no_sockets() -> None:
     def look(event: str, _: object) -> None:
         if event.startswith("socket."):
             os._exit(OPENED_A_SOCKET)
+
+    sys.addaudithook(look)
+
+
+_STEPS = frozenset({"os.rename", "os.link", "os.remove", "os.mkdir", "os.chmod", "os.truncate"})
+
+
+def die_at_step(root: Path, step: int, counter: Path) -> None:
+    """Kills the process just before the `step`th time that it changes something below `root`; the file
+    `counter` gets a byte for each."""
+    written = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    left = iter(range(step - 1))
+    inside = f"{root}/"
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        changes = event in _STEPS
+        if event == "open" and isinstance(arguments[2], int):
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        path = arguments[0] if changes else None
+        if isinstance(path, int) or (isinstance(path, str | os.PathLike) and str(path).startswith(inside)):
+            os.write(written, b".")
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
 

@@ -76,13 +76,13 @@ def publish_tools(folder: Path) -> None:
         make_wheel(folder, Requirement(text).name, least.version)
 
 
-def publish_plain(folder: Path, **files: str) -> Path:
-    """An sdist that builds with nothing but Python; `files` stand in for those of its files, or beside them."""
-    return make_sdist(folder, "plain", "1.0", files={**plain_files(), **files})
+def publish_plain(folder: Path) -> Path:
+    """An sdist that builds with nothing but Python."""
+    return make_sdist(folder, "plain", "1.0", files=plain_files())
 
 
 def plain_files() -> dict[str, str]:
-    """Those of that sdist, by name."""
+    """What is in that sdist, by name."""
     return {path.name: path.read_text(encoding="utf-8") for path in _PLAIN.glob("*.*")}
 
 

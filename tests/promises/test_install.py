@@ -114,8 +114,8 @@ def test_promise_23_a_stray_package_is_named_by_doctor(desk: Workplace, tmp_path
     assert desk.run(*words).code == 0
     stray = make_wheel(tmp_path, "stray", "0.1")
     python = desk.root.env("env") / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", stray]
-    subprocess.run(pip, check=True, env={"PATH": os.defpath, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install"]
+    subprocess.run([*pip, "--quiet", "--no-index", str(stray)], check=True, env={"PATH": os.defpath})
     ended = desk.run(*words)
     assert ended.code == 8
     assert "stray 0.1 is not in the lock" in ended.out

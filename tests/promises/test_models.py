@@ -14,12 +14,12 @@ from tests.lab.hub_server import HubServer
 from tests.promises.commands import Workplace, files_below
 from tests.promises.conftest import REPO, SMALL, Published
 
-CODE = {
+CODE: dict[str, str | None] = {
     "config.json": json.dumps({"auto_map": {"AutoModel": "modeling_tiny.Tiny"}}),
     "modeling_tiny.py": "from .layers import Layer\n",
     "layers.py": "import torch\n",
 }
-SHARDS = {
+SHARDS: dict[str, str | None] = {
     "model.safetensors": None,
     "model.safetensors.index.json": json.dumps(
         {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -82,7 +82,7 @@ def test_promise_24_a_bundle_has_no_code_of_a_model_but_what_its_lock_names(
     folder = tmp_path / "repository"
     shutil.copytree(published.hub / REPO, folder)
     for name, text in {**CODE, "pytorch_model.bin": "pickle"}.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text or "")
     hub.publish(REPO, folder)
     for listed in ([], ["layers.py", "modeling_tiny.py"]):
         place.add("small", f"{SMALL}remote-code = {json.dumps(listed)}\n")
