@@ -11,6 +11,8 @@ ENV_PYTHON = $(ROOT)/envs/quickstart/bin/python
 TEST_SITE = .cache/test-site
 
 export ENVBUILDER_TEST_ROOT = $(ROOT)
+# uv trusts whom the machine trusts, as pip and the tool do.
+export UV_SYSTEM_CERTS ?= true
 
 .PHONY: run test env lint test-unit test-trainer test-lab check-machine clean
 
