@@ -102,17 +102,21 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     parent = path.parent.stat()
     shared = bool(parent.st_mode & stat.S_IWGRP) and not parent.st_mode & stat.S_IWOTH
+    # Made under another name: with any other mode than its own, nobody may see it, nor make a folder in it.
+    made = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", dir=path.parent))
     try:
-        path.mkdir(mode=FOLDER_MODE & 0o777)
-    except FileExistsError:
-        return  # another process was faster
-    if shared and path.stat().st_gid != parent.st_gid:
-        # Without a setgid bit on the parent, the new folder has the user's own group, perhaps everybody's.
-        try:
-            os.chown(path, -1, parent.st_gid)
-        except PermissionError:
-            shared = False
-    path.chmod(FOLDER_MODE | (stat.S_IWGRP if shared else 0))
+        if shared and made.stat().st_gid != parent.st_gid:
+            # Without a setgid bit on the parent, a new folder has the user's own group, perhaps everybody's.
+            try:
+                os.chown(made, -1, parent.st_gid)
+            except PermissionError:
+                shared = False
+        made.chmod(FOLDER_MODE | (stat.S_IWGRP if shared else 0))
+        made.rename(path)  # in the place of an empty one, if another process was faster
+    except OSError:
+        made.rmdir()
+        if not path.is_dir():
+            raise
 
 
 @contextmanager

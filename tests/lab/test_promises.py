@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.lab.index_server import IndexServer
 from tests.lab.packages import make_wheel
 from tests.promises.commands import Workplace
@@ -30,7 +31,12 @@ def mounted(place: Workplace, mounts: str, *commands: str) -> list[str]:
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", "\n".join(["set -e", mounts, "set +e", program, *commands])],
         cwd=place.folder,
-        env={**place.environment, "ROOT": str(place.root.path), "RECIPE": str(place.recipe("source"))},
+        env={
+            **place.environment,
+            "PYTHONPATH": str(REPOSITORY),
+            "ROOT": str(place.root.path),
+            "RECIPE": str(place.recipe("source")),
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=False,
