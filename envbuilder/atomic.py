@@ -119,6 +119,17 @@ def make_folder(path: Path) -> None:
             raise
 
 
+def refuse_world_writable(folder: Path) -> None:
+    """MismatchError if everybody on the machine may write into `folder`: what is in it would be anybody's."""
+    mode = folder.stat().st_mode
+    if mode & stat.S_IWOTH:
+        raise MismatchError(
+            f"Everybody may write into {folder}.",
+            remedy=f"chmod o-w {folder}",
+            context={"folder": folder, "mode": stat.filemode(mode)},
+        )
+
+
 @contextmanager
 def writing(path: Path, size: int) -> Iterator[None]:
     """Turns the system's refusals into MismatchError: disk full, over quota, file too large, not allowed.

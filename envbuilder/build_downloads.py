@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from packaging.requirements import InvalidRequirement
 
 from envbuilder.bundle import path_in
 from envbuilder.download_scan import BuildDownload, Switch, scan_sdist
 from envbuilder.lock import FILES, SourceLock
 from envbuilder.recipe import Recipe, SourceBuild
 from envbuilder.report import Reporter
+from envbuilder.requirements import required_name
 from envbuilder.target import target_for
 
 _SHOWN = 3
@@ -120,6 +120,6 @@ def _places(found: list[BuildDownload]) -> str:
 
 def _required_name(text: str) -> str:
     try:
-        return canonicalize_name(Requirement(text).name)
+        return required_name(text)
     except InvalidRequirement:
         return text

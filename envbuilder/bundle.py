@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from envbuilder.atomic import new_file
+from envbuilder.atomic import new_file, refuse_world_writable
 from envbuilder.errors import IntegrityError, MismatchError
 from envbuilder.lock import FILES, LockedFile, lock_filename, parse_lock
 from envbuilder.model import Bundle, BundleRecord, read_record
@@ -46,12 +45,8 @@ def check_folders(folder: Path) -> None:
     which vouch for all else, would be anybody's."""
     inside = (path for path in folder.rglob("*") if path.is_dir())
     for part in (folder.parent, folder, *inside):
-        if part.is_dir() and part.stat().st_mode & stat.S_IWOTH:
-            raise MismatchError(
-                f"Everybody may write into {part}.",
-                remedy=f"chmod o-w {part}",
-                context={"folder": part, "mode": stat.filemode(part.stat().st_mode)},
-            )
+        if part.is_dir():
+            refuse_world_writable(part)
 
 
 def bundle_file(bundle: Bundle, file: LockedFile) -> Path:

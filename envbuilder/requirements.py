@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from envbuilder.lock import LockedPatch, recipe_digest
 from envbuilder.recipe import Recipe
@@ -22,6 +23,11 @@ def tool_requires() -> tuple[str, ...]:
 def trainer_requires() -> tuple[str, ...]:
     """Requirements of the trainer that `install` puts into an env."""
     return tuple(text.split(";")[0].strip() for text in _requires() if "trainer" in _extras(text))
+
+
+def required_name(requirement: str) -> str:
+    """The normalised name of the package that a PEP 508 requirement asks for."""
+    return canonicalize_name(Requirement(requirement).name)
 
 
 def current_digest(recipe: Recipe, patches: Sequence[LockedPatch]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from envbuilder.atomic import fsync_folder, make_folder, writing
+from envbuilder.atomic import fsync_folder, make_folder, refuse_world_writable, writing
 from envbuilder.errors import IntegrityError, MismatchError, NetworkError
 
 STORED_MODE = 0o440
@@ -86,12 +86,7 @@ class Store:
         with writing(self.folder, 0):
             make_folder(self._partials)
         for folder in (self.folder, self._partials):
-            if folder.stat().st_mode & stat.S_IWOTH:
-                raise MismatchError(
-                    f"Everybody may write into {folder}.",
-                    remedy=f"chmod o-w {folder}",
-                    context={"folder": folder, "mode": stat.filemode(folder.stat().st_mode)},
-                )
+            refuse_world_writable(folder)
 
     @property
     def _partials(self) -> Path:

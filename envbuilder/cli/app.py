@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from envbuilder import __version__, display
 from envbuilder.paths import Root
 from envbuilder.session import Session
+
+if TYPE_CHECKING:
+    from envbuilder.slurm.submit import Submitted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +49,14 @@ class Options:
     def lines(self, data: dict[str, Any], *lines: str) -> None:
         """`result` with plain lines for people."""
         self.result(data, lambda console: console.print(*lines, sep="\n", highlight=False, markup=False))
+
+    def submitted(self, job: Submitted) -> None:
+        """Prints the Slurm job that a command has submitted in its place."""
+        self.lines(
+            {"job": job.id, "script": job.script, "log": job.log},
+            f"submitted job {job.id}",
+            f"its log: {job.log}",
+        )
 
 
 RecipePath = Annotated[

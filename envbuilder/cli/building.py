@@ -52,11 +52,7 @@ def compile_(
         from envbuilder.slurm.submit import submit_compile
 
         job = submit_compile(session.recipe_path, session.recipe.name, site, opts.root, flags)
-        opts.lines(
-            {"job": job.id, "script": job.script, "log": job.log},
-            f"submitted job {job.id}",
-            f"its log: {job.log}",
-        )
+        opts.submitted(job)
         return
     built = session.compile(python, require_isolation=require_isolation, rebuild=rebuild)
     env = session.install(python)

@@ -46,11 +46,7 @@ def probe(
         from envbuilder.slurm.submit import submit_probe
 
         job = submit_probe(site, output, opts.root, flags)
-        opts.lines(
-            {"job": job.id, "script": job.script, "log": job.log},
-            f"submitted job {job.id}",
-            f"its log: {job.log}",
-        )
+        opts.submitted(job)
         return
     wanted, names = python or Path(sys.executable), list(provided or ())
     if recipe is not None:

@@ -7,12 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 from envbuilder.gpu import architecture
 from envbuilder.lock import LockedFile
 from envbuilder.machine import TorchBuild
+from envbuilder.requirements import required_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def shaping_files(build: Sequence[LockedFile], build_requires: Sequence[str]) ->
 
     The rest (torch's own Python dependencies) may move without a new build of hours.
     """
-    direct = {canonicalize_name(Requirement(text).name) for text in build_requires} | {"torch"}
+    direct = {required_name(text) for text in build_requires} | {"torch"}
     return tuple(
         sorted(
             (file.package, file.sha256)

@@ -1,8 +1,10 @@
 """fetch: source lock → bundle. Brings every locked file, checked, and the tool itself; a second run, nothing.
 
-plan       which of the files are in place, which come from the store or the index   (files.py)
+wanted     what a bundle holds by its lock, and how each file of it is brought       (wanted.py)
+plan       which of the files are in place, in the store, or to be brought           (files.py)
 transfer   those that are missing, in parallel, into the store, then the bundle      (files.py)
 selfpack   wheels of envbuilder and its trainer, from what is running                (selfpack.py)
+closure    proves that the bundle's files alone are enough                           (closure.py)
 stage      puts the bundle together, `bundle.json` last                              (stage.py)
 start.py   goes into the bundle: sets up the tool on a machine without internet
 """

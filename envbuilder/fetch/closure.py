@@ -33,7 +33,7 @@ from envbuilder.lock import FILES, GROUPS, Group, LockedFile, SourceLock
 from envbuilder.process import run
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import BUILD_TOOLS, tool_requires, trainer_requires
+from envbuilder.requirements import BUILD_TOOLS, required_name, tool_requires, trainer_requires
 from envbuilder.stubs import KnownPackage, write_stubs
 from envbuilder.target import Target, target_for
 
@@ -161,7 +161,7 @@ class _Proof:
                 tuple(
                     text
                     for text in self.lock.package_table(file.package).get("requires", ())
-                    if _name(text) not in excluded
+                    if required_name(text) not in excluded
                 ),
             )
             for file in files
@@ -188,7 +188,8 @@ class _Proof:
         excluded = self._excluded(group)
         asked = self.folder / "requirements.in"
         asked.write_text(
-            "".join(f"{text}\n" for text in requirements if _name(text) not in excluded), encoding="utf-8"
+            "".join(f"{text}\n" for text in requirements if required_name(text) not in excluded),
+            encoding="utf-8",
         )
         pins = self.folder / "pins.txt"
         machine = self.target.environment["platform_machine"]
@@ -288,7 +289,3 @@ def _environment(home: Path) -> dict[str, str]:
     """This process's variables without what sways uv, and with no home to find settings or caches in."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("UV_", "PIP_", "XDG_"))}
     return kept | {"HOME": str(home), "UV_PYTHON_DOWNLOADS": "never"}
-
-
-def _name(requirement: str) -> str:
-    return canonicalize_name(Requirement(requirement).name)

@@ -22,7 +22,7 @@ from envbuilder.index import DEFAULT_INDEX, Index, IndexFile
 from envbuilder.lock import GROUPS, Group
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
-from envbuilder.requirements import BUILD_TOOLS, tool_requires, trainer_requires
+from envbuilder.requirements import BUILD_TOOLS, required_name, tool_requires, trainer_requires
 from envbuilder.resolve.combined_index import CombinedIndex, open_combined_index
 from envbuilder.resolve.diagnosis import explained, releases_above
 from envbuilder.resolve.kept import Resolution
@@ -231,7 +231,7 @@ class _GroupResolver:
         return f"{version} fits, with older versions of others: require {name}=={version} to have it."
 
     def vain_exclusions(self) -> set[str]:
-        required = {_name(text) for package in self.wanted.sources for text in package.requires}
+        required = {required_name(text) for package in self.wanted.sources for text in package.requires}
         unseen = self.recipe.excluded_names - required
         if not unseen:
             return set()
@@ -263,7 +263,7 @@ def _wanted(recipe: Recipe, sources: Mapping[str, Source], indexes: Mapping[str,
         "build": tuple(_build_requirements(recipe, sources)),
         "tool": tool_requires(),
     }
-    direct = {_name(text) for text in (*requirements["runtime"], *requirements["build"])}
+    direct = {required_name(text) for text in (*requirements["runtime"], *requirements["build"])}
     if both := sorted(direct & recipe.excluded_names):
         raise InputError(
             f"The recipe {recipe.name} both requires and excludes {', '.join(both)}.",
@@ -331,12 +331,8 @@ def _index_of(recipe: Recipe, indexes: Mapping[str, Index], name: str) -> Index:
 
 
 def _without(package: KnownPackage, excluded: frozenset[str]) -> KnownPackage:
-    requires = tuple(text for text in package.requires if _name(text) not in excluded)
+    requires = tuple(text for text in package.requires if required_name(text) not in excluded)
     return KnownPackage(package.name, package.versions, requires)
-
-
-def _name(requirement: str) -> str:
-    return canonicalize_name(Requirement(requirement).name)
 
 
 def _wheel_version(file: IndexFile) -> Version | None:

@@ -8,12 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
 from envbuilder.errors import InputError, NetworkError
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
+from envbuilder.requirements import required_name
 from envbuilder.resolve import pip_compile_for_target
 from envbuilder.resolve.pinned import read_pins, write_pins
 from envbuilder.resolve.protocol import NoSolution, Request, Versions
@@ -68,7 +66,7 @@ class PipToolsResolver:
 
 def _refuse_what_pip_cannot(request: Request) -> None:
     for text in request.requirements:
-        if canonicalize_name(Requirement(text).name) in request.excluded:
+        if required_name(text) in request.excluded:
             raise InputError(
                 f"pip-tools can't leave {text} out of {request.what}.",
                 remedy="Run the command with --resolver uv.",

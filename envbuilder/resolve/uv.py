@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
 from envbuilder.errors import InputError, NetworkError
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
+from envbuilder.requirements import required_name
 from envbuilder.resolve.pinned import read_pins, write_pins
 from envbuilder.resolve.protocol import NoSolution, Request, Versions
 from envbuilder.stubs import write_stubs
@@ -76,7 +76,7 @@ class UvResolver:
 
 def _check_extras(request: Request, output: str) -> None:
     """InputError for an extra that a requirement asks for and the chosen version lacks: uv only warns."""
-    direct = {canonicalize_name(Requirement(text).name) for text in request.requirements}
+    direct = {required_name(text) for text in request.requirements}
     direct -= {package.name for package in request.known}
     for name, version, extra in _NO_EXTRA.findall(output):
         if canonicalize_name(name) in direct:
