@@ -21,10 +21,13 @@ _CONTAINER = struct.Struct("<IHHQ")
 """Magic, format version, header size, body size (bytes)."""
 _ENTRY = struct.Struct("<HHIQ12xI8xQ")
 """Kind, -, header size, payload size (bytes), architecture (at 28), flags (at 40)."""
+_MACHINE_CODE = 2
 _PREFIX = {1: "compute", 2: "sm", 8: "lto"}
 """Kind of entry: PTX for a virtual architecture, machine code for a real one, code for a later link."""
 _SUFFIX = ((0x100000, "a"), (0x200000, "f"))
 """Flags of architecture-specific ("90a") and family-specific ("100f") code."""
+_COMPRESSED = 0x2000 | 0x8000
+"""Flags of payloads that are packed, as LZ4 (nvcc 12 and older) and as Zstandard."""
 
 
 class FatbinError(ValueError):
@@ -32,9 +35,18 @@ class FatbinError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Image:
-    name: str
-    size: int
+class GpuImage:
+    """One piece of GPU code in a binary."""
+
+    architecture: str
+    """E.g. "sm_90" (machine code), "compute_90" (PTX)."""
+    compressed: bool
+    payload: bytes
+    """As stored, so packed where `compressed`; may end in padding. Else machine code is ELF (a "cubin")."""
+
+    @property
+    def is_machine_code(self) -> bool:
+        return self.architecture.startswith(_PREFIX[_MACHINE_CODE])
 
 
 def gpu_architectures(path: Path) -> tuple[str, ...]:
@@ -42,6 +54,11 @@ def gpu_architectures(path: Path) -> tuple[str, ...]:
 
     "sm_90" is machine code, "compute_90" PTX. Empty where there is none. Raises FatbinError.
     """
+    return tuple(sorted({image.architecture for image in gpu_images(path)}))
+
+
+def gpu_images(path: Path) -> Iterator[GpuImage]:
+    """Every piece of GPU code in the shared object or object file `path`, in order. Raises FatbinError."""
     try:
         with path.open("rb") as file:
             sections = [
@@ -50,12 +67,13 @@ def gpu_architectures(path: Path) -> tuple[str, ...]:
     except ELFError as error:
         raise FatbinError(f"{path} is not an ELF binary: {error}") from error
     try:
-        return tuple(sorted({image.name for data in sections for image in _images(data)}))
+        for data in sections:
+            yield from _images(data)
     except (struct.error, KeyError) as error:
         raise FatbinError(f"{path} holds GPU code of an unknown layout") from error
 
 
-def _images(section: bytes) -> Iterator[_Image]:
+def _images(section: bytes) -> Iterator[GpuImage]:
     offset = 0
     while offset + _CONTAINER.size <= len(section):
         magic, _, header, body = _CONTAINER.unpack_from(section, offset)
@@ -64,15 +82,17 @@ def _images(section: bytes) -> Iterator[_Image]:
             continue
         begin, end = offset + header, offset + header + body
         while begin < end:
-            image = _image(section, begin)
+            image, begin = _image(section, begin)
             yield image
-            begin += image.size
         offset = (end + 7) // 8 * 8
 
 
-def _image(section: bytes, offset: int) -> _Image:
+def _image(section: bytes, offset: int) -> tuple[GpuImage, int]:
+    """The entry at `offset`, and where the next one begins."""
     kind, _, header, payload, architecture, flags = _ENTRY.unpack_from(section, offset)
-    if header < _ENTRY.size:
+    if header < _ENTRY.size or offset + header + payload > len(section):
         raise KeyError("header")
     suffix = "".join(letter for flag, letter in _SUFFIX if flags & flag)
-    return _Image(f"{_PREFIX[kind]}_{architecture}{suffix}", header + payload)
+    begin, end = offset + header, offset + header + payload
+    name = f"{_PREFIX[kind]}_{architecture}{suffix}"
+    return GpuImage(name, bool(flags & _COMPRESSED), section[begin:end]), end

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from envbuilder.errors import IntegrityError
 from envbuilder.lock import SourceLock
 
+Isolation = Literal["sealed", "network-namespace", "none"]
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,15 +79,28 @@ class Extension(_Record):
 
 
 class UnitTiming(_Record):
-    """What compiling one translation unit took."""
+    """What compiling one translation unit took, or one shard of it."""
 
     source: str
+    """Path in the source tree."""
+    shard: str = ""
+    """The instantiations in this shard of the unit; empty where it was compiled whole."""
+    compiler: str = ""
+    """E.g. "nvcc 13.0.88"."""
+    began: float = 0.0
+    """Seconds after the work on all packages began."""
     seconds: float
     """Wall time."""
     cpu_seconds: float
     peak_rss_bytes: int
+    threads: int = 1
+    """CPUs that it had."""
+    cached: bool = False
+    """Taken from the object cache."""
     architectures_kept: tuple[str, ...]
     architectures_dropped: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    """As it was run, with the build's folder as /build."""
 
 
 class BuildReceipt(_Record):
@@ -117,8 +132,14 @@ class BuildReceipt(_Record):
     architectures_kept: tuple[str, ...]
     architectures_dropped: tuple[str, ...]
     extensions: tuple[Extension, ...]
-    isolation: Literal["network-namespace", "none"]
-    """How the build was kept from the network."""
+    isolation: Isolation
+    """How the build was cut off (`sandbox.py` has the tiers)."""
+    node: str = ""
+    """Name of the machine that built it."""
+    differs: tuple[str, ...] = ()
+    """What may make another build of the same inputs differ in its bytes; empty where nothing is known."""
+    compiled_whole: dict[str, str] = Field(default_factory=dict)
+    """Source → why it was not compiled in shards, of units with several explicit instantiations."""
     environment: dict[str, str]
     """Variables that the recipe and the tool set for the build."""
     units: tuple[UnitTiming, ...]

@@ -7,11 +7,36 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from envbuilder.errors import MismatchError
+
+
+class Cancel:
+    """Ends programs from another thread or a signal handler."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._running: set[int] = set()
+
+    def now(self) -> None:
+        """Kills what runs, with all that it started; what is started later is killed at once."""
+        self.asked = True
+        for group in list(self._running):
+            _kill_group(group)
+
+    @contextmanager
+    def watching(self, group: int) -> Iterator[None]:
+        """`group` (of processes) is one to be killed while the block runs."""
+        self._running.add(group)
+        try:
+            if self.asked:
+                _kill_group(group)
+            yield
+        finally:
+            self._running.discard(group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +59,11 @@ def run(
     log: Path | None = None,
     timeout_s: float | None = None,
     on_line: Callable[[str], None] | None = None,
+    cancel: Cancel | None = None,
 ) -> Completed:
     """Runs `argv` to its end with no standard input; output goes to `log` and `on_line` too, as it comes.
 
-    After `timeout_s` seconds it is killed, with all that it started.
+    After `timeout_s` seconds, or when `cancel` says so, it is killed, with all that it started.
 
     Raises MismatchError where the program is not on this machine.
     """
@@ -53,7 +79,7 @@ def run(
             text=True,
             errors="replace",
             # A group of its own can be killed whole; without a time limit, Ctrl-C must reach it.
-            process_group=None if timeout_s is None else 0,
+            process_group=None if timeout_s is None and cancel is None else 0,
         )
     except FileNotFoundError as error:
         raise MismatchError(
@@ -66,6 +92,7 @@ def run(
         process,
         Path(log or os.devnull).open("a", encoding="utf-8") as sink,
         _killed_after(timeout_s, process) as overdue,
+        cancel.watching(process.pid) if cancel else nullcontext(),
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -87,18 +114,19 @@ def _killed_after(timeout_s: float | None, process: subprocess.Popen[str]) -> It
 
     def give_up() -> None:
         overdue.set()
-        kill_group()
-
-    def kill_group() -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_group(process.pid)
 
     timer = threading.Timer(timeout_s, give_up)
     timer.start()
     try:
         yield overdue
     except BaseException:
-        kill_group()
+        _kill_group(process.pid)
         raise
     finally:
         timer.cancel()
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)

@@ -88,6 +88,8 @@ class CudaSpec(Table):
     """`[cuda]`: GPU code in what is compiled."""
 
     compute_capabilities: tuple[ComputeCapability, ...] = Field(default=("9.0",), min_length=1)
+    ptx: bool = False
+    """Add PTX of the newest of them, from which newer GPUs compile for themselves."""
     detect: bool = False
     """Where a GPU is present, compile for its compute capability instead."""
     toolchain: Literal["packages", "system"] = "packages"
@@ -129,6 +131,11 @@ class SourceBuild(Table):
     """Variables for the build, e.g. those that stop a setup.py from guessing a download's URL."""
     modules: tuple[str, ...] = ()
     """Extension modules that the wheel must hold, by their import names."""
+    gpu: bool = True
+    """Whether those modules hold GPU code."""
+    shards: Literal["auto", "never", "force"] = "auto"
+    """Compile a CUDA unit's explicit instantiations apart: where that is provably the same, never, or
+    wherever the text can be cut and the objects don't contradict it."""
 
 
 class ModelSpec(Table):
@@ -186,7 +193,7 @@ class Recipe(Table):
                 raise ValueError(
                     f"build.{name}.version is for git sources: write {name}==… into requirements"
                 )
-        if self.cuda is None and any(build.modules for build in self.build.values()):
+        if self.cuda is None and any(build.modules and build.gpu for build in self.build.values()):
             raise ValueError("[build] names extension modules, so a [cuda] table must say for which GPUs")
         return self
 

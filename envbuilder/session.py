@@ -29,7 +29,7 @@ from envbuilder.target import python_versions
 
 # A command imports the stage that it runs and no other: half of a second run's time is imports.
 if TYPE_CHECKING:
-    from envbuilder.compile import CompileReport
+    from envbuilder.compile.pipeline import CompileReport
     from envbuilder.install import InstallReport
 
 
@@ -141,10 +141,15 @@ class Session:
         return inspect_interpreter(self.interpreter(given)).minor
 
     def compile(
-        self, python: Path | None = None, *, require_isolation: bool = False, rebuild: bool = False
+        self,
+        python: Path | None = None,
+        *,
+        require_isolation: bool = False,
+        rebuild: bool = False,
+        prove: bool = False,
     ) -> CompileReport:
         """Builds the source packages into the wheelhouse."""
-        from envbuilder.compile import compile_recipe
+        from envbuilder.compile.pipeline import compile_recipe
 
         interpreter = self.interpreter(python)
         return compile_recipe(
@@ -155,6 +160,7 @@ class Session:
             reporter=self.reporter,
             require_isolation=require_isolation,
             rebuild=rebuild,
+            prove=prove,
         )
 
     def install(self, python: Path | None = None, *, reinstall: bool = False) -> InstallReport:

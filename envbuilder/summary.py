@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from envbuilder.display import human_bytes
 
 if TYPE_CHECKING:
-    from envbuilder.compile import CompileReport
+    from envbuilder.compile.pipeline import CompileReport
     from envbuilder.fetch import FetchReport
     from envbuilder.install import InstallReport
     from envbuilder.train import TrainReport

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,9 +157,12 @@ def check_toolkit(toolkit: CudaToolkit, torch_cuda: str | None, capabilities: Se
 
 
 def make_cuda_home(
-    toolkit: CudaToolkit, folder: Path, *, driver: Sequence[str | Path], more_includes: Sequence[Path] = ()
+    toolkit: CudaToolkit,
+    folder: Path,
+    *,
+    more_includes: Sequence[Path] = (),
 ) -> Path:
-    """A CUDA_HOME in the new `folder` that is `toolkit` with `driver` (a command line) in nvcc's place.
+    """A CUDA_HOME in the new `folder` that is `toolkit` without nvcc, in whose place a driver can be put.
 
     So every way to nvcc leads to the driver, which calls the real one. The packages' libraries get the names
     that a linker looks for (libcudart.so beside libcudart.so.13) and `lib64`; headers of `more_includes`
@@ -170,9 +172,6 @@ def make_cuda_home(
     for entry in (toolkit.home / "bin").iterdir():
         if entry.name != "nvcc":
             (folder / "bin" / entry.name).symlink_to(entry)
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, driver))} "$@"\n', encoding="utf-8")
-    nvcc.chmod(0o755)
     for entry in toolkit.home.iterdir():
         if entry.name not in ("bin", "include", "lib64"):
             (folder / entry.name).symlink_to(entry)

@@ -1,30 +1,41 @@
 """The wheelhouse: built wheels, one folder for each ABI key, each with the receipt of how it was made.
 
 A folder without a receipt is an unfinished one. The receipt is written last and names the wheel's sha256.
+Between them comes, for those who ask where a wheel is from, its provenance.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from packaging.version import Version
 
-from envbuilder.atomic import write_atomically
+from envbuilder.atomic import new_file, write_atomically
 from envbuilder.bundle import hash_file
 from envbuilder.errors import IntegrityError
 from envbuilder.model import BuildReceipt, BuiltWheel, read_record
 from envbuilder.paths import Root
 
 RECEIPT = "receipt.json"
+PROVENANCE = "provenance.json"
+"""An in-toto statement (`compile/wheels/provenance.py`)."""
 _ANY: Mapping[str, str] = MappingProxyType({})
 
 
-def store_built(root: Root, wheel: Path, receipt: BuildReceipt) -> BuiltWheel:
-    """Puts `wheel` and then its `receipt` into the wheelhouse."""
+def store_built(
+    root: Root, wheel: Path, receipt: BuildReceipt, *, provenance: bytes | None = None
+) -> BuiltWheel:
+    """Puts `wheel`, its `provenance` and then its `receipt` into the wheelhouse."""
     folder = root.wheelhouse / receipt.key
-    write_atomically(folder / receipt.wheel, wheel.read_bytes())
+    with new_file(folder / receipt.wheel, size=wheel.stat().st_size) as file, wheel.open("rb") as source:
+        shutil.copyfileobj(source, file)
+    if provenance is not None:
+        write_atomically(folder / PROVENANCE, provenance)
+    else:
+        (folder / PROVENANCE).unlink(missing_ok=True)  # an earlier build's
     write_atomically(folder / RECEIPT, receipt.model_dump_json(indent=2) + "\n")
     return BuiltWheel(path=folder / receipt.wheel, receipt=receipt)
 

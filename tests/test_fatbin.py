@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.fatbin import FatbinError, gpu_architectures
+from envbuilder.fatbin import FatbinError, gpu_architectures, gpu_images
 from tests.conftest import Quickstart
 from tests.lab.binaries import elf, fatbinary, image
 
@@ -26,6 +26,23 @@ def test_every_fatbinary_of_a_section_is_read_over_padding(tmp_path: Path) -> No
 def test_relocatable_device_code_is_found(tmp_path: Path) -> None:
     path = elf(tmp_path, {"__nv_relfatbin": fatbinary(image(2, 75))})
     assert gpu_architectures(path) == ("sm_75",)
+
+
+def test_images_are_given_with_what_is_stored_of_them_and_whether_it_is_packed(tmp_path: Path) -> None:
+    data = fatbinary(image(2, 90, payload=b"cubin   "), image(2, 80, 0x8000), image(1, 90, 0x2000))
+    found = list(gpu_images(elf(tmp_path, {".nv_fatbin": data})))
+    assert [(each.architecture, each.compressed, each.is_machine_code) for each in found] == [
+        ("sm_90", False, True),
+        ("sm_80", True, True),
+        ("compute_90", True, False),
+    ]
+    assert found[0].payload == b"cubin   "
+
+
+def test_a_payload_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    data = fatbinary(image(2, 90, payload=b"\0" * 64))[:-40]
+    with pytest.raises(FatbinError, match="unknown layout"):
+        list(gpu_images(elf(tmp_path, {".nv_fatbin": data})))
 
 
 def test_a_library_without_gpu_code_has_no_architectures(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ def store(folder: Path, key: str = "key", **changes: object) -> BuiltWheel:
     return store_built(Root(folder / "root"), wheel, receipt)
 
 
+def test_provenance_lies_beside_the_wheel_and_an_earlier_builds_goes(tmp_path: Path) -> None:
+    built = store(tmp_path)
+    again = tmp_path / built.path.name
+    stored = store_built(Root(tmp_path / "root"), again, built.receipt, provenance=b"{}")
+    provenance = stored.path.with_name("provenance.json")
+    assert provenance.read_bytes() == b"{}"
+    assert provenance.stat().st_mode & 0o777 == 0o640
+    assert store_built(Root(tmp_path / "root"), again, built.receipt) == built
+    assert not provenance.exists()
+
+
 def find(folder: Path, **changes: object) -> BuiltWheel | None:
     wanted: dict[str, object] = {
         "sdist_sha256": "a" * 64,

@@ -9,8 +9,10 @@ import typer
 
 from envbuilder import display, summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, SiteName, app
-from envbuilder.errors import DoctorError, UsageError
+from envbuilder.errors import DoctorError, StoppedError, UsageError
 from envbuilder.model import Finding
+from envbuilder.progress_file import job_progress
+from envbuilder.session import Session
 
 
 @app.command("compile")
@@ -30,6 +32,23 @@ def compile_(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again what is in the wheelhouse.")
     ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="Compile sharded units whole too, and compare their machine code."),
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it alone.")
+    ] = True,
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="The job runs itself again until all is built.")
+    ] = False,
+    after: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Start the job when this one has ended.")
+    ] = None,
+    wait_for_qos: Annotated[
+        bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")
+    ] = False,
+    requeue_job: Annotated[bool, typer.Option("--requeue-job", hidden=True)] = False,
 ) -> None:
     """Build the source packages into the wheelhouse, without internet, and install the env (compute node)."""
     opts: Options = context.obj
@@ -43,24 +62,54 @@ def compile_(
             "--sbatch goes with --site, and only with it.",
             remedy=f"envbuilder compile {recipe} --sbatch --site generic",
         )
+    if site is None and (requeue or after or wait_for_qos):
+        raise UsageError(
+            "--requeue, --after and --wait-for-qos are for a Slurm job: they go with --sbatch.",
+            remedy=f"envbuilder compile {recipe} --sbatch --site generic",
+        )
     session = opts.session(recipe)
     if site is not None:
-        session.bundle()  # An incomplete bundle is found here, not after hours in a queue.
         flags = ["--python", str(python)] if python else []
         flags += ["--require-isolation"] if require_isolation else []
         flags += ["--rebuild"] if rebuild else []
-        from envbuilder.slurm.submit import submit_compile
+        flags += ["--prove"] if prove else []
+        from envbuilder.cli.submitting import compile_in_a_job
+        from envbuilder.slurm.submit import Wishes
 
-        job = submit_compile(session.recipe_path, session.recipe.name, site, opts.root, flags)
-        opts.submitted(job)
+        wishes = Wishes(requeue=requeue, after=after, wait_for_qos=wait_for_qos)
+        compile_in_a_job(opts, session, recipe, site, flags, wishes, wait=wait)
         return
-    built = session.compile(python, require_isolation=require_isolation, rebuild=rebuild)
+    try:
+        _compile_here(
+            opts, session, python, require_isolation=require_isolation, rebuild=rebuild, prove=prove
+        )
+    except StoppedError:
+        if requeue_job:
+            from envbuilder.slurm.requeue import requeue_this_job
+
+            requeue_this_job(opts.root, opts.reporter)
+        raise
+
+
+def _compile_here(
+    opts: Options,
+    session: Session,
+    python: Path | None,
+    *,
+    require_isolation: bool,
+    rebuild: bool,
+    prove: bool,
+) -> None:
+    built = session.compile(python, require_isolation=require_isolation, rebuild=rebuild, prove=prove)
     env = session.install(python)
+    if file := job_progress(opts.root):
+        file.finish()
     opts.lines(
         {
             "wheels": [wheel.model_dump(mode="json") for wheel in built.wheels],
             "reused": built.reused,
             "seconds": built.seconds,
+            "timeline": built.timeline,
             "env": env.path,
         },
         summary.compiled(built),

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import subprocess
-import sys
-import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from build import BuildBackendException, BuildException, ProjectBuilder
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
-from pydantic import ValidationError
 
-from envbuilder.compile.buildenv import SOURCE_DATE_EPOCH, BuildEnv
+from envbuilder.compile.buildenv import BuildRoom
+from envbuilder.compile.wheels.linkage import check_linkage
+from envbuilder.compile.wheels.shared_object import SharedObjectError
 from envbuilder.errors import BuildError
 from envbuilder.fatbin import FatbinError, gpu_architectures
 from envbuilder.gpu import architecture
 from envbuilder.lock import LockedFile
-from envbuilder.model import Extension, UnitTiming
-from envbuilder.process import run
+from envbuilder.model import Extension
+from envbuilder.process import Cancel
 from envbuilder.report import Reporter
 
-_NINJA_PROGRESS = re.compile(r"\[(\d+)/(\d+)\] ")
 _LAST_LINES = 12
 """How much of a failed build's log goes into the error."""
 
@@ -36,75 +31,67 @@ def build_wheel(
     source: Path,
     sdist: LockedFile,
     *,
-    env: BuildEnv,
+    room: BuildRoom,
     variables: Mapping[str, str],
-    folder: Path,
     log: Path,
-    reporter: Reporter,
+    cancel: Cancel,
 ) -> Path:
-    """The wheel that the build backend of the tree `source` makes, put into the new `folder`.
+    """The wheel that the build backend of the tree `source` makes, in a new folder of `room`.
 
-    The backend runs in the sandbox, in the build environment as it is (no isolation in the sense of PEP 517),
-    with `variables` on top of the environment's. BuildError, with the log's end, where it fails.
+    The backend runs in the room's sandbox, in the build environment as it is (no isolation in the sense of
+    PEP 517), with `variables` on top of the room's. BuildError, with the log's end, where it fails.
     """
-    label = f"compiling {sdist.package}"
-
-    def on_line(line: str) -> None:
-        if match := _NINJA_PROGRESS.match(line):
-            reporter.progress(label, int(match[1]), int(match[2]), "units")
-
-    def in_sandbox(
-        cmd: Sequence[str], cwd: str | None = None, extra_environ: Mapping[str, str] | None = None
-    ) -> None:
-        done = env.sandbox.run(
-            cmd,
-            env={**env.variables, **variables, **(extra_environ or {})},
-            cwd=Path(cwd or source),
-            log=log,
-            on_line=on_line,
-        )
-        if done.returncode != 0:
-            raise subprocess.CalledProcessError(done.returncode, list(cmd), done.output)
-
+    folder = room.folder / "wheel"
     folder.mkdir()
-    try:
-        with _warnings_in(log):
-            builder = ProjectBuilder(source, python_executable=str(env.python), runner=in_sandbox)
-            return Path(builder.build("wheel", folder))
-    except (BuildException, BuildBackendException) as error:
+    inside = room.sandbox.inside
+    script, library = room.folder / "frontend.py", room.folder / "frontend"
+    done = room.sandbox.run(
+        [room.python, "-I", *map(inside, (script, library, source, folder))],
+        env={**room.variables, **variables},
+        cwd=source,
+        log=log,
+        cancel=cancel,
+    )
+    named = folder / "built"
+    name = named.read_text(encoding="utf-8") if named.is_file() and not named.is_symlink() else None
+    # Listed, not joined: what the backend calls its wheel is no path to follow.
+    wheel = next((path for path in folder.iterdir() if path.name == name and not path.is_symlink()), None)
+    if done.returncode != 0 or wheel is None:
         raise BuildError(
             f"Building {sdist.package} {sdist.version} failed.",
             remedy=f"envbuilder doctor --log {log}",
-            context={"log": log, "reason": error, "last lines": _last_lines(log)},
-        ) from error
+            context={"log": log, "exit status": done.returncode, "last lines": _last_lines(log)},
+        )
+    return wheel
 
 
-@contextmanager
-def _warnings_in(log: Path) -> Iterator[None]:
-    """Puts Python warnings into `log`: pyproject_hooks repeats the backend's, which are for its authors."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            with log.open("a", encoding="utf-8") as file:
-                file.writelines(f"{warning.category.__name__}: {warning.message}\n" for warning in told)
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a built wheel must hold, and what it will be loaded with."""
+
+    modules: tuple[str, ...]
+    """Extension modules by their import names."""
+    capabilities: tuple[str, ...]
+    """GPU architectures of their code, these and no other, e.g. "9.0"."""
+    ptx: bool
+    """Whether PTX may be there too."""
+    libraries: tuple[Path, ...]
+    """Folders of the libraries that torch and the CUDA packages bring."""
+    interpreter: Path
+    glibc: str
+    """The target's."""
 
 
 def check_wheel(
-    wheel: Path,
-    sdist: LockedFile,
-    *,
-    modules: Sequence[str],
-    capabilities: Sequence[str],
-    folder: Path,
-    log: Path,
+    wheel: Path, sdist: LockedFile, expected: Expected, *, folder: Path, log: Path, reporter: Reporter
 ) -> tuple[Extension, ...]:
-    """The extension modules of `wheel`; they are unpacked into the new `folder` to look at their GPU code.
+    """The extension modules of `wheel`; they are unpacked into the new `folder` to look at them.
 
-    BuildError where the wheel is of another name or version than the lock's, lacks one of `modules`, or has
-    one with code for other architectures than `capabilities`: a build can end well and have compiled nothing.
+    BuildError where the wheel is of another name or version than the lock's, lacks an expected module, or has
+    one with code for other architectures, or one that could not be loaded: a build can end well and have
+    compiled nothing. One that needs a newer glibc than the target's is warned of.
     """
+    modules, capabilities = expected.modules, expected.capabilities
 
     def refusal(why: str, **context: object) -> BuildError:
         return BuildError(
@@ -132,12 +119,14 @@ def check_wheel(
                 made = gpu_architectures(file)
             except FatbinError as error:
                 raise refusal(f"{module} can't be read: {error}") from error
-            if module in modules and not _serves(made, capabilities):
+            if module in modules and not _serves(made, capabilities, ptx=expected.ptx):
                 raise refusal(
                     f"{module} has GPU code for {', '.join(made) or 'nothing'}",
                     expected=", ".join(f"sm_{architecture(c)}" for c in capabilities),
                     got=", ".join(made),
                 )
+            if module in modules:
+                _check_linkage(file, module, expected, refusal, reporter)
             extensions.append(
                 Extension(
                     module=module,
@@ -158,43 +147,30 @@ def _extension_files(wheel: Path) -> dict[str, str]:
     return {match[1].replace("/", "."): match[0] for match in matches if match}
 
 
-def _serves(made: Sequence[str], capabilities: Sequence[str]) -> bool:
+def _check_linkage(
+    file: Path, module: str, expected: Expected, refusal: Callable[..., BuildError], reporter: Reporter
+) -> None:
+    try:
+        linkage = check_linkage(
+            file, libraries=expected.libraries, glibc=expected.glibc, interpreter=expected.interpreter
+        )
+    except SharedObjectError as error:
+        raise refusal(f"{module} can't be read: {error}") from error
+    if not linkage.loads:
+        raise refusal(f"{module} can't be loaded", found=linkage.describe())
+    if linkage.newer_than_target:
+        reporter.warn(f"{module} {linkage.describe()}: it may not load on other nodes")
+
+
+def _serves(made: Sequence[str], capabilities: Sequence[str], *, ptx: bool) -> bool:
     """Whether `made` is code for `capabilities`, all of them and no other; "sm_90a" is code for 9.0 too."""
+    if ptx:
+        made = [code for code in made if not code.startswith("compute_")]
     wanted = {architecture(capability) for capability in capabilities}
     numbers = {code.removeprefix("sm_") for code in made}
     return wanted <= numbers | {number.rstrip("af") for number in numbers} and all(
         number in wanted or number.rstrip("af") in wanted for number in numbers
     )
-
-
-def tag_wheel(wheel: Path, build_tag: str) -> Path:
-    """`wheel` renamed and rewritten with `build_tag` (PEP 427), so that two ABIs of one version differ."""
-    done = run(
-        [sys.executable, "-m", "wheel", "tags", "--remove", "--build", build_tag, wheel],
-        env={**os.environ, "SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH},
-    )
-    if done.returncode != 0:
-        raise BuildError(
-            f"The wheel {wheel.name} that was built is damaged.",
-            remedy="Report it to whoever publishes the package.",
-            context={"wheel": wheel.name, "output": done.output.strip()[-500:]},
-        )
-    return wheel.with_name(done.output.strip().rpartition("\n")[2])
-
-
-def read_units(units_log: Path, source: Path) -> tuple[UnitTiming, ...]:
-    """What the nvcc driver measured since the log was removed; sources are named from the tree `source`."""
-    lines = units_log.read_text(encoding="utf-8").splitlines() if units_log.exists() else []
-    try:
-        units = [UnitTiming.model_validate_json(line) for line in lines]
-    except ValidationError as error:
-        raise BuildError(
-            "The record of the compiled units is damaged.",
-            remedy="Run the command again, and report it if it stays so.",
-            context={"file": units_log},
-        ) from error
-    prefix = f"{source}/"
-    return tuple(unit.model_copy(update={"source": unit.source.removeprefix(prefix)}) for unit in units)
 
 
 def _last_lines(log: Path) -> str:

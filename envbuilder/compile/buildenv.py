@@ -1,14 +1,25 @@
-"""The build environment: a venv from the bundle's `build` group, the compilers, and their variables."""
+"""The build environment: a venv from the bundle's `build` group, the compilers, and their variables.
+
+The tools are one for all packages of a bundle. Each package has a room of its own beside the others: its
+private folder, which is all that its build can write, with the compilers' drivers in it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from envbuilder.compile.drivers import nvcc as nvcc_driver
-from envbuilder.compile.jobs import max_jobs
+import pyproject_hooks
+
+from envbuilder.compile.buildenv_cache import cached_build_venv
+from envbuilder.compile.drivers import compiler as compiler_driver
+from envbuilder.compile.drivers import frontend as frontend_script
 from envbuilder.envlock import WheelFile
 from envbuilder.errors import MismatchError
 from envbuilder.fatbin import gpu_architectures
@@ -16,8 +27,10 @@ from envbuilder.gpu import architecture
 from envbuilder.interpreter import Interpreter, inspect_torch
 from envbuilder.machine import TorchBuild
 from envbuilder.model import ProvidedPackages
+from envbuilder.process import run
 from envbuilder.recipe import CudaSpec
 from envbuilder.sandbox import Sandbox, sandbox_environment
+from envbuilder.sandbox_root import BUILD
 from envbuilder.toolchain import (
     CudaToolkit,
     HostCompiler,
@@ -29,7 +42,20 @@ from envbuilder.venv import install_wheels, make_venv, venv_python
 
 SOURCE_DATE_EPOCH = "315532800"
 """1 January 1980, the earliest time that a zip archive can hold: file times in wheels don't tell the day."""
-
+_AT_ONCE = "256"
+"""Compilers that a build may start: all it has, for the broker decides when each of them runs."""
+_BYTECODE = "bytecode"
+"""The folder in a venv that has the bytecode of what builds import, also of a provided torch: a sealed build
+can't write it beside the sources, and compiling all of torch's takes longer than its import."""
+_IMPORTED = (
+    "torch.utils.cpp_extension",
+    "setuptools.build_meta",
+    "setuptools.command.build_ext",
+    "setuptools.command.bdist_wheel",
+    "packaging.version",
+)
+_TIMEOUT_S = 60.0
+"""Of a compiler that only tells what it is."""
 _PROBE = """\
 #include <cuda_runtime.h>
 __global__ void fill(int *values) { values[threadIdx.x] = 1; }
@@ -41,26 +67,50 @@ extern "C" int probe(int *values) {
 
 
 @dataclass(frozen=True, slots=True)
-class BuildEnv:
-    """Ready to build in."""
+class BuildTools:
+    """What every build of a bundle uses, checked."""
 
     interpreter: Interpreter
     """What the venv was made from."""
-    python: Path
-    """The venv's."""
+    venv: Path
+    provided: ProvidedPackages | None
+    compiler: HostCompiler
+    linker: str
+    """The `ld` that it links with."""
+    toolkit: CudaToolkit | None
+    torch: TorchBuild | None
+    capabilities: tuple[str, ...]
+    ptx: bool
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The architectures, e.g. "90"."""
+        return tuple(architecture(capability) for capability in self.capabilities)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRoom:
+    """One package's place to be built in."""
+
+    folder: Path
+    """Its private folder, as this process sees it."""
     sandbox: Sandbox
+    python: str
+    """The venv's interpreter, as the build sees it."""
+    compilers: dict[str, str]
+    """Tool (nvcc, c++, cc) → the real program, as the build sees it."""
     variables: dict[str, str]
     """Of the sandbox and the compilers; the recipe's come on top."""
     recorded: dict[str, str]
     """Those of `variables` that say how the build is done, not where."""
-    torch: TorchBuild | None
-    toolkit: CudaToolkit | None
-    units_log: Path
-    """Where the nvcc driver writes one line for each unit."""
+    socket: Path
+    """Where the drivers look for the compile service."""
 
 
-def make_build_env(
-    folder: Path,
+@contextmanager
+def prepared_tools(
+    cache: Path,
+    scratch: Path,
     *,
     interpreter: Interpreter,
     provided: ProvidedPackages | None,
@@ -69,68 +119,200 @@ def make_build_env(
     system: CudaToolkit | None,
     capabilities: Sequence[str],
     compiler: HostCompiler,
+    provided_torch: TorchBuild | None,
     sandbox: Sandbox,
     log: Path,
     remedy: str,
-) -> BuildEnv:
-    """Makes the build environment in `folder`, and tries its CUDA compiler on a small unit.
+) -> Iterator[BuildTools]:
+    """The venv (kept in the folder `cache` from build to build) and the compilers, tried on a small unit.
 
     `wheels` are the bundle's `build` group. The CUDA compiler is `system`, else the one among the wheels.
     """
-    venv = folder / "venv"
-    site_packages = make_venv(interpreter, venv, provided)
-    install_wheels(venv, wheels, scratch=folder, remedy=remedy)
-    python = venv_python(venv)
-    path = [python.parent, *([Path(provided.python).parent] if provided else [])]
-    variables = sandbox_environment(
-        os.environ, private=folder, path=path, keep_cuda_libraries=provided is not None
-    )
+
+    def make(folder: Path) -> None:
+        make_venv(interpreter, folder, provided)
+        install_wheels(folder, wheels, scratch=scratch, remedy=remedy)
+        _compile_bytecode(folder, scratch / "bytecode", provided, sandbox, log=log)
+
+    with cached_build_venv(
+        cache, interpreter=interpreter, provided=provided, wheels=wheels, make=make
+    ) as venv:
+        variables = {**_variables(scratch, venv, provided), "PYTHONDONTWRITEBYTECODE": "1"}
+        torch = provided_torch or inspect_torch(venv_python(venv), variables)
+        toolkit = None
+        if cuda is not None:
+            toolkit = system or packaged_toolkit(_site_packages(venv))
+            check_toolkit(toolkit, torch.cuda if torch else None, capabilities)
+            numbers = [architecture(capability) for capability in capabilities]
+            _try_toolkit(scratch, toolkit, compiler, numbers, variables=variables, log=log)
+        yield BuildTools(
+            interpreter=interpreter,
+            venv=venv,
+            provided=provided,
+            compiler=compiler,
+            linker=_program(compiler.cxx, "ld") or "ld",
+            toolkit=toolkit,
+            torch=torch,
+            capabilities=tuple(capabilities),
+            ptx=cuda is not None and cuda.ptx,
+        )
+
+
+def _compile_bytecode(
+    venv: Path, private: Path, provided: ProvidedPackages | None, sandbox: Sandbox, *, log: Path
+) -> None:
+    """Imports what builds import, seen as they see it, so that its bytecode is kept in the new `venv`."""
+    private.mkdir()
+    room = sandbox.for_build(private, binds={f"{BUILD}/venv": venv}, readable=_readable(venv, provided))
+    variables = _variables(private, venv, provided, sandbox=room)
+    variables["PYTHONPYCACHEPREFIX"] = str(room.inside(private / _BYTECODE))
+    python = room.inside(venv) / "bin/python"
+    for module in _IMPORTED:  # what isn't there can't be imported
+        room.run([python, "-c", f"import {module}"], env=variables, cwd=private, log=log)
+    made = private / _BYTECODE
+    made.mkdir(exist_ok=True)
+    made.rename(venv / _BYTECODE)
+
+
+def _readable(venv: Path, provided: ProvidedPackages | None) -> list[Path]:
+    """What a build reads, wherever it lies: the venv, its base interpreter and the provider's packages."""
+    base = (venv / "bin/python").resolve()
+    return [venv, _prefix(base), *map(Path, provided.site_packages if provided else ())]
+
+
+def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
+    """A room in the new `folder`, in `sandbox`."""
+    folder.mkdir()
+    programs = [tools.compiler.cxx, *([tools.toolkit.nvcc] if tools.toolkit else [])]
+    readable = [*_readable(tools.venv, tools.provided), *map(_prefix, programs)]
+    sandbox = sandbox.for_build(folder, binds={f"{BUILD}/venv": tools.venv}, readable=readable)
+    venv = sandbox.inside(tools.venv)
+    socket = folder / "compilers"
     recorded = {
         "SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH,
-        "MAX_JOBS": str(max_jobs()),
+        "MAX_JOBS": _AT_ONCE,
+        "CMAKE_BUILD_PARALLEL_LEVEL": _AT_ONCE,
         # The interpreter's own flags often ask for debug information: twice the memory, and no one reads it.
         "CFLAGS": "-g0",
     }
-    variables |= recorded | {"CXX": str(compiler.cxx)} | ({"CC": str(compiler.cc)} if compiler.cc else {})
-    torch = inspect_torch(python, variables)
-    units_log = folder / "units.jsonl"
-    toolkit = None
-    if cuda is not None:
-        toolkit = system or packaged_toolkit(site_packages)
-        check_toolkit(toolkit, torch.cuda if torch else None, capabilities)
-        numbers = [architecture(capability) for capability in capabilities]
-        script = Path(nvcc_driver.__file__)
-        driver: list[str | Path] = [python, "-I", "-S", script, toolkit.nvcc, ",".join(numbers), units_log]
+    drivers = folder / "bin"
+    drivers.mkdir()
+    shutil.copyfile(compiler_driver.__file__, drivers / "driver.py")
+    shutil.copyfile(frontend_script.__file__, folder / "frontend.py")
+    shutil.copytree(
+        Path(pyproject_hooks.__file__).parent,
+        folder / "frontend" / "pyproject_hooks",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    real = {"c++": str(tools.compiler.cxx)} | ({"cc": str(tools.compiler.cc)} if tools.compiler.cc else {})
+
+    def driver(tool: str) -> list[str | Path]:
+        script = sandbox.inside(drivers / "driver.py")
+        return [venv / "bin/python", "-I", "-S", script, sandbox.inside(socket), tool, real[tool]]
+
+    variables = _variables(folder, tools.venv, tools.provided, sandbox=sandbox) | recorded
+    variables["PYTHONPYCACHEPREFIX"] = str(venv / _BYTECODE)
+    for tool, name in (("c++", "CXX"), ("cc", "CC")):
+        if tool in real:
+            # The real name: builds tell by it which compiler it is.
+            wrapper = drivers / Path(real[tool]).name
+            _write_wrapper(wrapper, driver(tool))
+            variables[name] = str(sandbox.inside(wrapper))
+    if tools.toolkit is not None:
+        real["nvcc"] = str(sandbox.inside(tools.toolkit.nvcc))
         # A provided torch has the headers of the CUDA libraries that it uses beside itself.
         includes = [
-            Path(path) / "nvidia" / toolkit.home.name / "include"
-            for path in (provided.site_packages if provided else ())
+            Path(path) / "nvidia" / tools.toolkit.home.name / "include"
+            for path in (tools.provided.site_packages if tools.provided else ())
         ]
-        home = make_cuda_home(toolkit, folder / "cuda", driver=driver, more_includes=includes)
-        recorded["TORCH_CUDA_ARCH_LIST"] = ";".join(capabilities)
-        nvcc = str(home / "bin" / "nvcc")
-        variables |= {"CUDA_HOME": str(home), "PYTORCH_NVCC": nvcc, "CUDACXX": nvcc} | recorded
-        variables["PATH"] = f"{home / 'bin'}{os.pathsep}{variables['PATH']}"
-        _try_toolkit(folder, compiler, numbers, sandbox=sandbox, variables=variables, log=log)
-    return BuildEnv(interpreter, python, sandbox, variables, recorded, torch, toolkit, units_log)
+        home = make_cuda_home(tools.toolkit, folder / "cuda", more_includes=includes)
+        _write_wrapper(home / "bin" / "nvcc", driver("nvcc"))
+        inside = sandbox.inside(home)
+        recorded["TORCH_CUDA_ARCH_LIST"] = ";".join(tools.capabilities)
+        nvcc = str(inside / "bin" / "nvcc")
+        variables |= {"CUDA_HOME": str(inside), "PYTORCH_NVCC": nvcc, "CUDACXX": nvcc} | recorded
+        variables["PATH"] = f"{inside / 'bin'}{os.pathsep}{variables['PATH']}"
+    return BuildRoom(folder, sandbox, str(venv / "bin/python"), real, variables, recorded, socket)
+
+
+def compiler_identities(tools: BuildTools) -> dict[str, tuple[str, str]]:
+    """Tool → its name and version, and a digest of the programs that do its work."""
+    host = [tools.compiler.cxx, *([tools.compiler.cc] if tools.compiler.cc else [])]
+    programs = [path.resolve() for path in host]
+    for compiler in host:
+        told = (_program(compiler, name) for name in ("cc1plus", "cc1", "as"))
+        programs += [Path(program).resolve() for program in told if program]
+    digest = _digest(programs)
+    identities = dict.fromkeys(("c++", "cc"), (tools.compiler.version, digest))
+    if tools.toolkit is not None:
+        bin_folder = tools.toolkit.nvcc.parent
+        parts = ("nvcc", "cudafe++", "ptxas", "fatbinary", "nvlink", "nvcc.profile")
+        cuda = [*(bin_folder / part for part in parts), tools.toolkit.home / "nvvm/bin/cicc"]
+        found_parts = [path for path in cuda if path.exists()]
+        identities["nvcc"] = (f"nvcc {tools.toolkit.version}", _digest([*found_parts, *programs]))
+    return identities
+
+
+def _program(compiler: Path, name: str) -> str | None:
+    """The program `name` that `compiler` runs; None where it doesn't say, as clang of its own parts."""
+    told = run([compiler, f"-print-prog-name={name}"], timeout_s=_TIMEOUT_S).output.strip()
+    return shutil.which(told)
+
+
+def _digest(programs: Sequence[Path]) -> str:
+    hasher = hashlib.sha256()
+    for program in programs:
+        with program.open("rb") as file:
+            hasher.update(hashlib.file_digest(file, "sha256").digest())
+    return hasher.hexdigest()
+
+
+def _variables(
+    private: Path, venv: Path, provided: ProvidedPackages | None, *, sandbox: Sandbox | None = None
+) -> dict[str, str]:
+    path = [venv / "bin", *([Path(provided.python).parent] if provided else [])]
+    return sandbox_environment(
+        os.environ,
+        private=private,
+        path=path,
+        keep_cuda_libraries=provided is not None,
+        sandbox=sandbox,
+    )
+
+
+def _prefix(program: Path) -> Path:
+    """The folder that `program` is installed in: it may lie in a home, of which builds see nothing else."""
+    folder = program.resolve().parent
+    return folder.parent if folder.name == "bin" and folder.parent != Path.home() else folder
+
+
+def _write_wrapper(path: Path, words: Sequence[str | Path]) -> None:
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n', encoding="utf-8")
+    path.chmod(0o755)
+
+
+def _site_packages(venv: Path) -> Path:
+    return next(venv.glob("lib/python3*/site-packages"))
 
 
 def _try_toolkit(
     folder: Path,
+    toolkit: CudaToolkit,
     compiler: HostCompiler,
     numbers: Sequence[str],
     *,
-    sandbox: Sandbox,
     variables: dict[str, str],
     log: Path,
 ) -> None:
     """Compiles and links a few lines: parts that don't fit together show here, not after minutes of work."""
     source, library = folder / "probe.cu", folder / "probe.so"
     source.write_text(_PROBE, encoding="utf-8")
-    home = variables["CUDA_HOME"]
-    command: list[str | Path] = [f"{home}/bin/nvcc", "-ccbin", compiler.cxx, "-Xcompiler", "-fPIC", "-shared"]
+    home = make_cuda_home(toolkit, folder / "cuda")
+    command: list[str | Path] = [toolkit.nvcc, "-ccbin", compiler.cxx, "-Xcompiler", "-fPIC", "-shared"]
+    for number in numbers:
+        command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
     command += ["--cudart=none", source, f"-L{home}/lib64", "-lcudart", "-o", library]
-    done = sandbox.run(command, env=variables, cwd=folder, log=log)
+    done = run(command, env=variables, cwd=folder, log=log)
     made = gpu_architectures(library) if done.returncode == 0 else ()
     if set(made) != {f"sm_{number}" for number in numbers}:
         raise MismatchError(

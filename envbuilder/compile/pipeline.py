@@ -2,10 +2,12 @@
 
 1. Whatever is in the wheelhouse under the same ABI key is taken as it is.
 2. A build environment is made from the bundle's `build` group alone, and its compiler tried.
-3. Each sdist is unpacked and patched, built in the sandbox, and its wheel checked for what the recipe names.
-4. The wheel goes into the wheelhouse, its receipt last.
+3. All other packages are built at once (`workshop`), each sdist unpacked and patched, built in a sandbox, and
+   its wheel checked for what the recipe names.
+4. Each wheel goes into the wheelhouse as soon as it is ready, its receipt last.
 
-Everything unfinished lies in one private folder, which is removed however the work ends.
+Everything unfinished lies in one private folder, which is removed however the work ends. What was compiled
+stays in the object cache, so that the next run goes on from there.
 """
 
 from __future__ import annotations
@@ -15,15 +17,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from envbuilder.atomic import make_folder, writing
-from envbuilder.bundle import bundle_file, copy_verified, hash_file, path_in
-from envbuilder.compile.build import build_wheel, check_wheel, read_units, tag_wheel
-from envbuilder.compile.buildenv import BuildEnv, make_build_env
-from envbuilder.compile.key import BuildInputs, shaping_files
-from envbuilder.compile.unpack import unpack_sdist
+from envbuilder.bundle import bundle_file
+from envbuilder.compile.buildenv import prepared_tools
+from envbuilder.compile.key import BuildInputs, locked_cuda, shaping_files, shaping_wheels
+from envbuilder.compile.workshop import Options, Order, Workshop
 from envbuilder.envlock import WheelFile, bundle_wheel
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.gpu import wanted_capabilities
@@ -34,10 +34,10 @@ from envbuilder.interpreter import (
     inspect_interpreter,
     inspect_torch,
 )
-from envbuilder.lock import LockedFile, LockedPatch, SourceLock
+from envbuilder.lock import LockedFile, SourceLock
 from envbuilder.machine import TorchBuild
-from envbuilder.model import BuildReceipt, BuiltWheel, Bundle, ProvidedPackages
-from envbuilder.patches import apply_patches, check_git
+from envbuilder.model import BuiltWheel, Bundle, ProvidedPackages
+from envbuilder.patches import check_git
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, SourceBuild
 from envbuilder.report import Reporter
@@ -50,7 +50,8 @@ from envbuilder.toolchain import (
     find_host_compiler,
     system_toolkit,
 )
-from envbuilder.wheelhouse import read_built, store_built
+from envbuilder.wheelhouse import read_built
+from envbuilder.wheelhouse_index import write_indexes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class CompileReport:
     reused: tuple[str, ...]
     """Names of the packages that were in the wheelhouse already."""
     seconds: float
+    timeline: Path | None
+    """An HTML page that shows when each unit was compiled; None where nothing was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +89,17 @@ def compile_recipe(
     reporter: Reporter,
     require_isolation: bool = False,
     rebuild: bool = False,
+    prove: bool = False,
 ) -> CompileReport:
     """Builds every source package of `bundle` for interpreter `python`; see the module's text.
 
     require_isolation: fail where a build can't be cut off from the network.
     rebuild: build again what is in the wheelhouse.
+    prove: compile units that are compiled in shards whole too, and compare their kernels' machine code.
 
     Raises MismatchError where the machine lacks what the build needs, InputError where nvcc can't make the
-    recipe's architectures, IntegrityError where a file is not the lock's, BuildError where a build fails.
+    recipe's architectures, IntegrityError where a file is not the lock's, BuildError where a build fails,
+    StoppedError where a signal stopped it: the next run goes on from there.
     """
     began = time.monotonic()
     interpreter = inspect_interpreter(python)
@@ -101,7 +107,7 @@ def compile_recipe(
     target = target_for(bundle.lock.target, interpreter.minor)
     sdists = [file for file in bundle.lock.select(target, ("runtime",)) if file.is_sdist]
     if not sdists:
-        return CompileReport((), (), time.monotonic() - began)
+        return CompileReport((), (), time.monotonic() - began, None)
     build_files = bundle.lock.select(target, ("build",))
     machine = _inspect_machine(recipe, bundle.lock, interpreter, python)
     inputs = {sdist: _inputs(recipe, bundle, sdist, build_files, machine) for sdist in sdists}
@@ -111,6 +117,7 @@ def compile_recipe(
             reporter.note(f"{built.path.name} is in the wheelhouse already")
             wheels[sdist] = built
     reused = tuple(sdist.package for sdist in wheels)
+    timeline = None
     if missing := [sdist for sdist in sdists if sdist not in wheels]:
         if any(bundle.lock.patches_of(sdist.package) for sdist in missing):
             check_git()
@@ -119,7 +126,7 @@ def compile_recipe(
             reporter.warn("this machine can't cut builds off from the network; the receipts say so")
         make_folder(root.logs)
         make_folder(root.cache)
-        log = root.logs / f"compile-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+        stem = f"compile-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         with (
             writing(root.cache, 2 * sum(file.size for file in build_files)),
             tempfile.TemporaryDirectory(
@@ -127,8 +134,11 @@ def compile_recipe(
             ) as private,
         ):
             reporter.stage("making the build environment")
-            env = make_build_env(
-                Path(private),
+            scratch = Path(private) / "tools"
+            scratch.mkdir()
+            with prepared_tools(
+                root.cache / "buildenvs",
+                scratch,
                 interpreter=interpreter,
                 provided=machine.provided,
                 wheels=_build_wheels(recipe, bundle, build_files),
@@ -136,24 +146,37 @@ def compile_recipe(
                 system=machine.toolkit,
                 capabilities=machine.capabilities,
                 compiler=machine.compiler,
+                provided_torch=machine.provided_torch,
                 sandbox=sandbox,
-                log=log,
-                remedy=_fetch_again(recipe.name),
-            )
-            for sdist in missing:
-                reporter.stage(f"building {sdist.package} {sdist.version}")
-                wheel, receipt = _build(
+                log=root.logs / f"{stem}.log",
+                remedy=f"envbuilder fetch recipes/{recipe.name}.toml --verify",
+            ) as tools:
+                workshop = Workshop(
                     bundle,
-                    sdist,
-                    recipe.build.get(sdist.package, SourceBuild()),
-                    inputs[sdist],
-                    env=env,
-                    folder=Path(private) / sdist.package,
-                    log=log,
+                    tools,
+                    root=root,
+                    sandbox=sandbox,
+                    folder=Path(private),
+                    stem=stem,
+                    options=Options(rebuild=rebuild, prove=prove),
                     reporter=reporter,
                 )
-                wheels[sdist] = store_built(root, wheel, receipt)
-    return CompileReport(tuple(wheels[sdist] for sdist in sdists), reused, time.monotonic() - began)
+                orders = [
+                    Order(
+                        sdist,
+                        recipe.build.get(sdist.package, SourceBuild()),
+                        inputs[sdist],
+                        shaping_wheels(build_files, _build_requires(bundle, sdist)),
+                    )
+                    for sdist in missing
+                ]
+                try:
+                    wheels |= workshop.build(orders)
+                finally:
+                    timeline = workshop.write_timeline()
+                    write_indexes(root)
+    built_wheels = tuple(wheels[sdist] for sdist in sdists)
+    return CompileReport(built_wheels, reused, time.monotonic() - began, timeline)
 
 
 def _inspect_machine(recipe: Recipe, lock: SourceLock, interpreter: Interpreter, python: Path) -> _Machine:
@@ -182,7 +205,6 @@ def _inputs(
 ) -> BuildInputs:
     locked_torch = next((file.version for file in build_files if file.package == "torch"), None)
     build = recipe.build.get(sdist.package, SourceBuild())
-    build_requires = bundle.lock.package_table(sdist.package).get("build-requires", ())
     return BuildInputs(
         package=sdist.package,
         version=sdist.version,
@@ -194,9 +216,16 @@ def _inputs(
         host_compiler=machine.compiler.version,
         system_nvcc=machine.toolkit.version if machine.toolkit else None,
         provided_torch=machine.provided_torch,
-        build_files=shaping_files(build_files, build_requires),
+        build_files=shaping_files(build_files, _build_requires(bundle, sdist)),
         environment=tuple(sorted(build.env.items())),
+        ptx=recipe.cuda is not None and recipe.cuda.ptx,
+        cuda=locked_cuda(build_files),
     )
+
+
+def _build_requires(bundle: Bundle, sdist: LockedFile) -> Sequence[str]:
+    requires: Sequence[str] = bundle.lock.package_table(sdist.package).get("build-requires", ())
+    return requires
 
 
 def _build_wheels(recipe: Recipe, bundle: Bundle, build_files: Sequence[LockedFile]) -> list[WheelFile]:
@@ -208,84 +237,3 @@ def _build_wheels(recipe: Recipe, bundle: Bundle, build_files: Sequence[LockedFi
             context={"lock": bundle.lock.name},
         )
     return [bundle_wheel(file, bundle_file(bundle, file)) for file in build_files]
-
-
-def _build(
-    bundle: Bundle,
-    sdist: LockedFile,
-    build: SourceBuild,
-    inputs: BuildInputs,
-    *,
-    env: BuildEnv,
-    folder: Path,
-    log: Path,
-    reporter: Reporter,
-) -> tuple[Path, BuildReceipt]:
-    """The wheel of `sdist`, built and checked in the new `folder`, with its receipt."""
-    began = time.monotonic()
-    archive = folder / sdist.filename
-    copy_verified(bundle_file(bundle, sdist), sdist.sha256, sdist.size, archive)
-    source = unpack_sdist(archive, folder / "source")
-    patches = bundle.lock.patches_of(sdist.package)
-    apply_patches(source, _patches(bundle, patches, folder))
-    env.units_log.unlink(missing_ok=True)
-    wheel = build_wheel(
-        source,
-        sdist,
-        env=env,
-        variables=build.env,
-        folder=folder / "wheel",
-        log=log,
-        reporter=reporter,
-    )
-    extensions = check_wheel(
-        wheel,
-        sdist,
-        modules=build.modules,
-        capabilities=inputs.compute_capabilities,
-        folder=folder / "look",
-        log=log,
-    )
-    wheel = tag_wheel(wheel, inputs.build_tag)
-    units = read_units(env.units_log, source)
-    receipt = BuildReceipt(
-        package=sdist.package,
-        version=sdist.version,
-        sdist=sdist.filename,
-        sdist_sha256=sdist.sha256,
-        patches={patch.path: patch.sha256 for patch in patches},
-        key=inputs.key,
-        wheel=wheel.name,
-        wheel_sha256=hash_file(wheel),
-        python=env.interpreter.version,
-        torch=env.torch.version if env.torch else None,
-        torch_cuda=env.torch.cuda if env.torch else None,
-        cxx11_abi=env.torch.cxx11_abi if env.torch else None,
-        nvcc=env.toolkit.version if env.toolkit else None,
-        host_compiler=inputs.host_compiler,
-        compute_capabilities=inputs.compute_capabilities,
-        architectures_kept=tuple(sorted({name for unit in units for name in unit.architectures_kept})),
-        architectures_dropped=tuple(sorted({name for unit in units for name in unit.architectures_dropped})),
-        extensions=extensions,
-        isolation=env.sandbox.isolation,
-        environment={**env.recorded, **build.env},
-        units=units,
-        seconds=round(time.monotonic() - began, 3),
-        built_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return wheel, receipt
-
-
-def _patches(bundle: Bundle, patches: Sequence[LockedPatch], folder: Path) -> dict[str, bytes]:
-    """The bytes of `patches`, each verified as it is read."""
-    contents = {}
-    for patch in patches:
-        source = path_in(bundle.path, patch.path, recipe=bundle.record.recipe)
-        copy = folder / "patch"
-        copy_verified(source, patch.sha256, patch.size, copy, remedy=_fetch_again(bundle.record.recipe))
-        contents[patch.path] = copy.read_bytes()
-    return contents
-
-
-def _fetch_again(recipe: str) -> str:
-    return f"envbuilder fetch recipes/{recipe}.toml --verify"

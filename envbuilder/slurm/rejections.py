@@ -40,6 +40,11 @@ REJECTIONS = (
         "Wait for one to end, or cancel it (scancel JOBID), then submit again; they are in: squeue --me",
     ),
     Rejection(
+        r"(QOS|Assoc)Grp\w*",
+        "The account {account} or the QoS {qos} has used up what it may use in all.",
+        f"Ask whoever manages the account, or set another one in the site file: {_MY_ASSOCIATIONS}",
+    ),
+    Rejection(
         r"(QOS|Assoc)\w*Wall\w*",
         "The walltime {walltime} is longer than the QoS {qos} or the account {account} allows.",
         f"Set a shorter walltime in the site file; the limit is shown by: {_QOS_LIMITS}",
@@ -98,6 +103,23 @@ REJECTIONS = (
         "sinfo --partition={partition} --format='%n %G'",
     ),
     Rejection(
+        r"Job dependency problem|[Ii]nvalid job id specified|Invalid dependency",
+        "Slurm does not know the job that this one is to follow.",
+        "Submit without --after, or name one that is listed by: squeue --me",
+    ),
+    Rejection(
+        r"unrecognized option|unrecognised option|Invalid --\S+ specification|Invalid directive|"
+        r"Invalid (numeric|time limit) (value|specification)",
+        "This cluster's sbatch does not understand an option of the job's script.",
+        "Compare the job's section of the site file with what your cluster's manual asks for; see: "
+        "sbatch --version",
+    ),
+    Rejection(
+        r"temporarily unable to accept job|Resource temporarily unavailable|MaxJobCount",
+        "Slurm holds as many jobs as it can, and takes no further one now.",
+        "Try again in some minutes; the queue is shown by: squeue --partition={partition}",
+    ),
+    Rejection(
         r"Requested node configuration is not available",
         "No node of the partition {partition} has {cpus} CPUs, {memory} and {gpus} GPUs.",
         "Ask for less in the site file; nodes are listed by: "
@@ -126,11 +148,13 @@ REJECTIONS = (
 )
 
 
+_PREFIXES = re.compile(r"^(sbatch: )?(error: )?(allocation failure: )?")
+"""Of sbatch's lines; the last one is that of --test-only."""
+
+
 def rejection_error(output: str, spec: JobSpec) -> SlurmError:
     """What `output`, all that sbatch wrote when it refused a job of `spec`, means."""
-    said = " ".join(
-        line.removeprefix("sbatch: ").removeprefix("error: ") for line in output.split("\n")
-    ).strip()
+    said = " ".join(_PREFIXES.sub("", line) for line in output.split("\n")).strip()
     fields = {key: "(default)" if value is None else value for key, value in spec.model_dump().items()}
     for rejection in REJECTIONS:
         if re.search(rejection.pattern, output):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envbuilder.slurm.site import JobSpec, Site
+from envbuilder.slurm.walltime import seconds_of, warning_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,12 @@ class Job:
     """Absolute; seen by the compute nodes."""
     log: Path
     """Absolute; `%j` stands for the job's id. stdout and stderr, and every life of a job that is requeued."""
+    warned: bool = False
+    """The command gets SIGUSR1 some time before its time ends, and stops in good order."""
+    requeue: bool = False
+    """Slurm may run the job again: when a node fails, and when the job asks for it."""
+    after: str | None = None
+    """Id of a job that must have ended, well or not, before this one starts."""
 
 
 # Environment Modules and Lmod, in the places where they and the distributions put them.
@@ -64,8 +71,12 @@ def _options(spec: JobSpec, job: Job) -> list[str]:
         **_gpu_option(spec),
         "output": f'"{job.log}"',
         "open-mode": "append",
+        # B: to the batch shell alone, whose place the command takes.
+        "signal": f"B:USR1@{warning_s(seconds_of(spec.walltime) or 0)}" if job.warned else None,
+        "dependency": f"afterany:{job.after}" if job.after else None,
     }
-    return [f"--{name}={value}" for name, value in options.items() if value is not None]
+    flags = ["--requeue"] if job.requeue else []
+    return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *flags]
 
 
 def _gpu_option(spec: JobSpec) -> dict[str, str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from envbuilder.compile.build import check_wheel
+from envbuilder.compile.build import Expected, check_wheel
 from envbuilder.errors import BuildError
 from envbuilder.lock import LockedFile
 from envbuilder.model import Extension
+from envbuilder.report import Quiet
 from tests.lab.binaries import elf, fatbinary, image
 from tests.lab.packages import make_wheel
 
@@ -33,14 +35,15 @@ def check(
     version: str = "1.0",
 ) -> tuple[Extension, ...]:
     wheel = make_wheel(folder, "kernels", version, files={"kernels.py": b"", **files})
-    return check_wheel(
-        wheel,
-        SDIST,
+    expected = Expected(
         modules=modules,
         capabilities=capabilities,
-        folder=folder / "look",
-        log=folder / "log",
+        ptx=False,
+        libraries=(),
+        interpreter=Path(sys.executable),
+        glibc="2.28",
     )
+    return check_wheel(wheel, SDIST, expected, folder=folder / "look", log=folder / "log", reporter=Quiet())
 
 
 def test_a_module_with_code_for_the_wanted_gpu_is_recorded(tmp_path: Path) -> None:

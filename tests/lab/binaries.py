@@ -21,11 +21,11 @@ def fatbinary(*images: bytes) -> bytes:
 
 
 def elf(folder: Path, sections: Mapping[str, bytes]) -> Path:
-    """An object file with these sections, made by the machine's own tools."""
-    path = folder / "unit.o"
+    """A shared library with these sections, made by the machine's own tools."""
+    path = folder / "unit.so"
     source = folder / "unit.c"
     source.write_text("int nothing;\n", encoding="utf-8")
-    subprocess.run(["gcc", "-c", source, "-o", path], check=True)
+    subprocess.run(["gcc", "-shared", source, "-o", path], check=True)
     for name, data in sections.items():
         (folder / "section").write_bytes(data)
         subprocess.run(["objcopy", "--add-section", f"{name}={folder / 'section'}", path], check=True)

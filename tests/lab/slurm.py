@@ -2,7 +2,8 @@
 
 Each node is a slurmd in a network namespace of its own that reaches the controller and nothing else, so a job
 has no internet. Accounting is on: accounts and QoS limits hold, as they do on a real cluster. Needs root and
-Debian's slurm-wlm, slurmdbd, munge, mariadb-server and iproute2; no systemd, no cgroups, no standing user.
+Debian's slurm-wlm, slurmdbd, munge, mariadb-server and iproute2; no systemd, no standing user, and cgroups
+(the first version's, where /sys/fs/cgroup has its memory controller) only with `memory_limits`.
 
 Everything lies in one temporary folder. Whatever was started is ended by its process id, and the namespaces
 are removed. `recipes/sites/lab.toml` describes this cluster.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 USER = "nobody"
 """Who submits: an account that every machine has, and not root, whom Slurm's submit limits spare."""
@@ -40,7 +42,7 @@ SlurmdPidFile={folder}/spool/%n.pid
 SlurmdSpoolDir={folder}/spool/%n
 StateSaveLocation={folder}/state
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/{task}
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
@@ -91,7 +93,10 @@ class SlurmLab:
     `folder` is its temporary folder; `home`, in it, is a folder that `USER` can write and every node sees.
     """
 
-    def __init__(self, nodes: int = 1) -> None:
+    def __init__(self, nodes: int = 1, *, memory_limits: bool = False) -> None:
+        """With `memory_limits`, the kernel kills what uses more memory than its job asked for."""
+        self._memory_limits = memory_limits
+        self._controller: subprocess.Popen[bytes] | None = None
         self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
         self._tag = f"lab{os.getpid() % 100000}"
         self._network = f"10.99.{os.getpid() % 250 + 1}"
@@ -143,6 +148,22 @@ class SlurmLab:
             check=False,
         )
 
+    def start_as_user(self, argv: Sequence[str | Path], output: TextIO) -> subprocess.Popen[bytes]:
+        """Starts `argv` as `as_user` runs it; it speaks into `output`. Whoever calls this ends it."""
+        account = pwd.getpwnam(USER)
+        return subprocess.Popen(
+            [str(word) for word in argv],
+            env=self.env,
+            cwd=self.home,
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+            umask=0o022,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
     def wait_for_job(self, job_id: str, *, seconds: float = 60) -> str:
         """Waits for the job's end, and returns its state, e.g. "COMPLETED"."""
 
@@ -164,6 +185,43 @@ class SlurmLab:
             lambda: not _run(["squeue", "--noheader"], self._root_env).strip(),
             "the queue is empty",
             seconds=30,
+        )
+
+    def cancel_as_operator(self, job_id: str) -> None:
+        """Cancels a job as somebody else than who submitted it."""
+        _run(["scancel", job_id], self._root_env)
+
+    def kill_node(self, node: str) -> None:
+        """Kills all that runs on a node, its slurmd too, as a power failure would."""
+        for pid in _run(["ip", "netns", "pids", f"{self._tag}{node}"]).split():
+            _works(["kill", "-KILL", pid])
+
+    def drain(self, node: str) -> None:
+        """Lets no further job start on a node, until `resume`."""
+        _run(["scontrol", "update", f"nodename={node}", "state=drain", "reason=test"], self._root_env)
+
+    def resume(self, node: str) -> None:
+        _run(["scontrol", "update", f"nodename={node}", "state=resume"], self._root_env)
+
+    def start_node(self, node: str) -> None:
+        """Starts a node that was killed; it takes jobs when this returns."""
+        self._start_node(self.nodes.index(node) + 1, node)
+
+        def is_back() -> bool:
+            states = _run(["sinfo", "-h", "-n", node, "-p", PARTITION, "-o", "%T"], self._root_env).split()
+            return states in (["idle"], ["mixed"], ["allocated"])
+
+        _wait_until(is_back, f"{node} is back", seconds=60)
+
+    def stop_controller(self) -> None:
+        """Ends slurmctld: Slurm's commands get no answer, jobs go on."""
+        assert self._controller is not None
+        _end(self._controller)
+
+    def start_controller(self) -> None:
+        """Starts slurmctld, or starts it again."""
+        self._controller = self._start(
+            "slurmctld", "unshare", "--uts", "sh", "-ec", "hostname login; exec slurmctld -D"
         )
 
     # ── starting ────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,12 +252,15 @@ class SlurmLab:
             "slurmdbd_port": slurmdbd_port,
             "slurmctld_port": slurmctld_port,
             "slurmd_port": slurmd_port,
+            "task": "cgroup" if self._memory_limits else "none",
         }
         self.conf.write_text(_SLURM_CONF.format_map(values))
         for number in range(4):  # GPUs that Slurm can count and hand out; /dev/null underneath
             os.mknod(self.folder / "devices" / f"nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
         (self.folder / "etc" / "gres.conf").write_text(f"Name=gpu File={self.folder}/devices/nvidia[0-3]\n")
-        (self.folder / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (self.folder / "etc" / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\n" + "ConstrainRAMSpace=yes\n" * self._memory_limits
+        )
         slurmdbd_conf = self.folder / "etc" / "slurmdbd.conf"
         slurmdbd_conf.write_text(_SLURMDBD_CONF.format_map(values))
         slurmdbd_conf.chmod(0o600)
@@ -259,9 +320,11 @@ class SlurmLab:
             lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers", seconds=30
         )
         _run(["sacctmgr", "-iQ", "add", "cluster", "lab"], env)
-        self._start("slurmctld", "unshare", "--uts", "sh", "-ec", "hostname login; exec slurmctld -D")
+        self.start_controller()
         self._cleanup.callback(self._cancel_on_exit)
         for i, node in enumerate(self.nodes, 1):
+            if self._memory_limits:
+                self._cleanup.callback(_remove_cgroups, Path("/sys/fs/cgroup/memory", f"slurm_{node}"))
             self._start_node(i, node)
         _wait_until(lambda: _works(["scontrol", "ping"], env), "slurmctld answers", seconds=30)
         # A limit on a resource that slurmctld has not registered yet would be lost without a word.
@@ -300,7 +363,7 @@ class SlurmLab:
 
     # ── ending ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self, name: str, *argv: str) -> None:
+    def _start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
         with (self.folder / "log" / name).open("ab") as log:
             process = subprocess.Popen(
                 argv,
@@ -311,6 +374,7 @@ class SlurmLab:
                 start_new_session=True,
             )
         self._cleanup.callback(_end, process)
+        return process
 
     def _cancel_on_exit(self) -> None:
         with suppress(AssertionError):  # Where it fails, the namespaces' processes are killed in any case.
@@ -320,6 +384,12 @@ class SlurmLab:
         for pid in _run(["ip", "netns", "pids", space]).split():
             _works(["kill", "-KILL", pid])
         _run(["ip", "netns", "del", space])
+
+
+def _remove_cgroups(top: Path) -> None:
+    for folder in sorted(top.glob("**/"), reverse=True):
+        with suppress(OSError):  # One that still has a process, which the namespace's end kills.
+            folder.rmdir()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,13 @@ class Cluster:
     lab: SlurmLab
     python: Path
 
+    def start(self, *words: str | Path) -> subprocess.Popen[bytes]:
+        """Starts `envbuilder --json …` as the user; what it prints comes into HOME/said.txt."""
+        with (self.lab.home / "said.txt").open("w") as said:
+            return self.lab.start_as_user(
+                [self.python, "-m", "envbuilder", "--root", self.lab.home / "root", "--json", *words], said
+            )
+
     def submit(self, *command: str | Path, root: str = "root", **spec: str | int) -> dict[str, Any]:
         """Submits a job for the site `lab`, with `spec` in its [build] section."""
         site = self.lab.home / "lab.toml"
@@ -99,13 +107,15 @@ class Cluster:
         answer: dict[str, Any] = json.loads(completed.stdout)
         return answer
 
-    def envbuilder(self, *words: str | Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def envbuilder(
+        self, *words: str | Path, env: Mapping[str, str] | None = None, exit_code: int = 0
+    ) -> dict[str, Any]:
         """Runs `envbuilder --json …` as the user; what it prints."""
         root = self.lab.home / "root"
         completed = self.lab.as_user(
             [self.python, "-m", "envbuilder", "--root", root, "--json", *words], env=dict(env or {})
         )
-        assert completed.returncode == 0, completed.stdout + completed.stderr
+        assert completed.returncode == exit_code, completed.stdout + completed.stderr
         answer: dict[str, Any] = json.loads(completed.stdout)
         return answer
 
@@ -193,7 +203,9 @@ def test_a_qos_that_takes_one_job_refuses_the_second(cluster: Cluster) -> None:
     assert cluster.lab.job_state(first["id"]) in {"PENDING", "RUNNING"}
 
 
-def test_compile_submits_itself_and_builds_on_the_node(cluster: Cluster) -> None:
+@pytest.fixture(scope="module")
+def recipe(cluster: Cluster) -> Path:
+    """A recipe of one small sdist, fetched."""
     home = cluster.lab.home
     for folder in ("files", "recipes"):
         (home / folder).mkdir()
@@ -204,9 +216,67 @@ def test_compile_submits_itself_and_builds_on_the_node(cluster: Cluster) -> None
         variables = {"ENVBUILDER_INDEX_LAB_URL": index.url}
         cluster.envbuilder("lock", recipe, env=variables)
         cluster.envbuilder("fetch", recipe, env=variables)
+    return recipe
+
+
+def test_compile_submits_itself_follows_the_job_and_builds_on_the_node(
+    cluster: Cluster, recipe: Path
+) -> None:
+    home = cluster.lab.home
     job = cluster.envbuilder("compile", recipe, "--sbatch", "--site", home / "lab.toml")
-    assert cluster.lab.wait_for_job(job["job"]) == "COMPLETED", Path(job["log"]).read_text()
+    assert (job["state"], job["lives"]) == ("COMPLETED", 1)
+    assert Path(job["log"]).read_text() != ""
     built = cluster.lab.as_user(
         [home / "root" / "envs" / "tiny" / "bin" / "python", "-c", "import tiny; print(tiny.JOB)"]
     )
     assert built.stdout == "node1\n", built.stderr
+    status = cluster.envbuilder("status", recipe)
+    assert [(wheel["package"], wheel["version"]) for wheel in status["built"]] == [("tiny", "1.0")]
+    assert [env["recipe"] for env in status["envs"]] == ["tiny"]
+
+
+def test_a_job_that_is_not_waited_for_can_be_followed_later(cluster: Cluster, recipe: Path) -> None:
+    words = ["compile", recipe, "--sbatch", "--site", cluster.lab.home / "lab.toml", "--no-wait"]
+    first = cluster.submit("sleep", "600")
+    job = cluster.envbuilder(*words, "--after", first["id"])
+    listed = {entry["id"]: entry["state"] for entry in cluster.envbuilder("status", recipe)["jobs"]}
+    assert listed == {job["job"]: "PENDING"}
+    cluster.lab.as_user(["scancel", first["id"]])
+    ended = cluster.envbuilder("status", "--follow", job["job"])
+    assert (ended["job"], ended["state"], ended["log"]) == (job["job"], "COMPLETED", job["log"])
+
+
+def test_a_build_that_fails_in_the_job_fails_here_with_its_own_error(cluster: Cluster, recipe: Path) -> None:
+    words = ["compile", recipe, "--sbatch", "--site", cluster.lab.home / "lab.toml"]
+    error = cluster.envbuilder(*words, "--python", "/nowhere/python", exit_code=7)
+    assert error["error"] == "MismatchError"
+    assert "There is no interpreter /nowhere/python" in error["message"]
+
+
+def test_a_job_that_may_run_itself_again_is_one_that_slurm_may_run_again(
+    cluster: Cluster, recipe: Path
+) -> None:
+    words = ["compile", recipe, "--sbatch", "--site", cluster.lab.home / "lab.toml"]
+    job = cluster.envbuilder(*words, "--requeue")
+    assert (job["state"], job["lives"]) == ("COMPLETED", 1)
+
+
+def test_a_full_qos_is_told_with_what_is_in_it_and_can_be_waited_for(cluster: Cluster, recipe: Path) -> None:
+    home = cluster.lab.home
+    site = home / "debug.toml"
+    site.write_text((home / "lab.toml").read_text().replace("[build]\n", f'[build]\nqos = "{DEBUG_QOS}"\n'))
+    first = cluster.submit("sleep", "600", qos=DEBUG_QOS)["id"]
+    words = ["compile", recipe, "--sbatch", "--site", site]
+    error = cluster.envbuilder(*words, exit_code=9)
+    assert error["message"].startswith(f"The QoS debug takes no further job of yours now; in it: {first} ")
+    assert "--wait-for-qos" in error["remedy"]
+
+    waiting = cluster.start(*words, "--wait-for-qos")
+    try:
+        time.sleep(2)  # It has nothing to show while it waits, but that it does.
+        assert waiting.poll() is None
+        cluster.lab.as_user(["scancel", first])
+        assert waiting.wait(timeout=60) == 0, (home / "said.txt").read_text()
+    finally:
+        waiting.kill()
+        waiting.wait()

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.errors import MismatchError, SlurmError
+from envbuilder.errors import MismatchError, SlurmError, UsageError
 from envbuilder.paths import Root
+from envbuilder.report import Quiet
+from envbuilder.slurm.preflight import wait_for_qos
 from envbuilder.slurm.site import Site, load_site
-from envbuilder.slurm.submit import Submitted, submit, submit_compile, submit_probe
+from envbuilder.slurm.submit import Submitted, Wishes, submit, submit_compile, submit_probe
 
+AGAIN = "envbuilder compile r.toml --sbatch --site mine"
 FAILED = "sbatch: error: Batch job submission failed: "
 POLICY = f"{FAILED}Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 SITE = """
@@ -48,19 +51,51 @@ class Sbatch:
         folder.mkdir()
 
     def says(self, output: str, exit_code: int = 0) -> None:
-        script = self.folder / "sbatch"
-        script.write_text(
-            f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {self.folder}/arguments\nenv > {self.folder}/variables\n"
-            f"printf '%s\\n' {shlex.quote(output)} >&2\nexit {exit_code}\n"
+        self.program(
+            "sbatch",
+            f"printf '%s\\n' \"$@\" > {self.folder}/arguments\nenv > {self.folder}/variables\n"
+            f"printf '%s\\n' {shlex.quote(output)} >&2\nexit {exit_code}",
         )
+
+    def program(self, name: str, does: str) -> None:
+        """Another of Slurm's programs: a line of shell."""
+        script = self.folder / name
+        script.write_text(f"#!/bin/sh\n{does}\n")
         script.chmod(0o755)
 
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sbatch:
     stand_in = Sbatch(tmp_path / "bin")
+    stand_in.program("sacctmgr", "exit 1")  # No accounting, whatever this machine has.
     monkeypatch.setenv("PATH", f"{stand_in.folder}:{os.environ['PATH']}")
     return stand_in
+
+
+class Heard(Quiet):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+
+def compile_job(folder: Path, wishes: Wishes, heard: Heard | None = None) -> Submitted:
+    return submit_compile(
+        folder / "r.toml",
+        "tiny",
+        str(folder / "mine.toml"),
+        Root(folder / "root"),
+        ["--rebuild"],
+        reporter=heard or Heard(),
+        again=AGAIN,
+        wishes=wishes,
+    )
 
 
 def submitted(site: Site, root: Path) -> Submitted:
@@ -183,9 +218,27 @@ def test_only_what_a_job_needs_of_the_submitter_s_variables_goes_along(
         (
             "sbatch: error: Invalid --time specification",
             255,
-            "Invalid --time specification",
-            "scontrol show partition",
+            "does not understand an option",
+            "sbatch --version",
         ),
+        (
+            "sbatch: unrecognized option '--bogus'\nTry \"sbatch --help\" for more information",
+            255,
+            "does not understand an option",
+            "sbatch --version",
+        ),
+        (
+            "sbatch: error: QOSMaxWallDurationPerJobLimit\n"
+            "allocation failure: Job violates accounting/QOS policy (job submit limit, user's size and/or "
+            "time limits)",
+            1,
+            "The walltime 02:00:00 is longer than the QoS debug",
+            "shorter walltime",
+        ),
+        (f"sbatch: error: AssocGrpCPUMinutesLimit\n{POLICY}", 1, "has used up", "manages the account"),
+        (f"{FAILED}Job dependency problem", 1, "the job that this one is to follow", "without --after"),
+        (f"{FAILED}Resource temporarily unavailable", 1, "as many jobs as it can", "some minutes"),
+        ("allocation failure: Something new", 1, "Slurm refused the job: Something new.", "scontrol show"),
         ("", 1, "sbatch gave no reason", "scontrol show partition"),
         ("no number here", 0, "no number here", "scontrol show partition"),
     ],
@@ -218,9 +271,94 @@ def test_a_root_that_slurm_can_t_write_a_log_under_is_refused(site: Site, tmp_pa
 def test_compile_is_submitted_as_itself_with_local(sbatch: Sbatch, site: Site, tmp_path: Path) -> None:
     sbatch.says("1")
     root = Root(tmp_path / "root")
-    job = submit_compile(tmp_path / "r.toml", "tiny", str(tmp_path / "mine.toml"), root, ["--rebuild"])
+    job = compile_job(tmp_path, Wishes())
     expected = f"-m envbuilder --root {root.path} compile {tmp_path / 'r.toml'} --local --rebuild\n"
-    assert job.script.read_text().endswith(expected)
+    script = job.script.read_text()
+    assert script.endswith(expected)
+    assert "#SBATCH --signal=B:USR1@120\n" in script
+    assert "#SBATCH --time=02:00:00\n" in script
+    assert "--requeue" not in script
+    assert "--dependency" not in script
+
+
+def test_a_job_that_runs_itself_again_is_submitted_as_one(sbatch: Sbatch, site: Site, tmp_path: Path) -> None:
+    sbatch.says("1")
+    script = compile_job(tmp_path, Wishes(requeue=True, after="4711")).script.read_text()
+    assert "#SBATCH --requeue\n" in script
+    assert "#SBATCH --dependency=afterany:4711\n" in script
+    assert script.endswith(" --local --rebuild --requeue-job\n")
+
+
+@pytest.mark.parametrize("after", ["x", "", "1:2", "1\n#SBATCH --wckey=x", "-1"])
+def test_what_is_no_job_s_number_is_refused(sbatch: Sbatch, site: Site, tmp_path: Path, after: str) -> None:
+    with pytest.raises(UsageError, match="is no job's number"):
+        compile_job(tmp_path, Wishes(after=after))
+
+
+def test_an_estimate_shortens_the_job(sbatch: Sbatch, site: Site, tmp_path: Path) -> None:
+    sbatch.says("1")
+    heard = Heard()
+    script = compile_job(tmp_path, Wishes(estimate_s=100), heard).script.read_text()
+    assert "#SBATCH --time=00:06:00\n" in script
+    assert "#SBATCH --signal=B:USR1@72\n" in script
+    assert heard.said == []
+
+
+@pytest.mark.parametrize(
+    ("requeue", "words"), [(True, ["4 lives of this job"]), (False, ["4 jobs", f"{AGAIN} --requeue"])]
+)
+def test_work_that_does_not_fit_is_told_before_submitting(
+    sbatch: Sbatch, site: Site, tmp_path: Path, requeue: bool, words: list[str]
+) -> None:
+    sbatch.says("1")
+    heard = Heard()
+    job = compile_job(tmp_path, Wishes(requeue=requeue, estimate_s=4 * 3600), heard)
+    assert "#SBATCH --time=02:00:00\n" in job.script.read_text()
+    assert len(heard.said) == len(words)
+    for word, line in zip(words, heard.said, strict=True):
+        assert word in line
+
+
+def test_a_full_qos_is_told_before_submitting_with_what_is_in_it(
+    sbatch: Sbatch, site: Site, tmp_path: Path
+) -> None:
+    sbatch.program("sacctmgr", "echo 'debug|00:30:00|1'")
+    sbatch.program("squeue", "echo '4711|RUNNING|None|2026-01-01T00:00:00|1:00|29:00|gpu|debug|my|job'")
+    sbatch.says("1")
+    with pytest.raises(SlurmError, match="takes no further job of yours now") as caught:
+        compile_job(tmp_path, Wishes())
+    assert "4711 my|job (running, at most 29:00 left)" in caught.value.message
+    assert f"{AGAIN} --wait-for-qos" in caught.value.remedy
+    assert "scancel 4711" in caught.value.remedy
+    assert not (sbatch.folder / "arguments").exists(), "sbatch was not asked"
+
+
+def test_a_qos_is_waited_for(sbatch: Sbatch, site: Site, tmp_path: Path) -> None:
+    sbatch.program("sacctmgr", "echo 'debug|00:30:00|1'")
+    seen = sbatch.folder / "seen"
+    sbatch.program(
+        "squeue", f"[ -e {seen} ] || echo '4711|PENDING|None|N/A|0:00|30:00|gpu|debug|mine'; touch {seen}"
+    )
+    heard = Heard()
+    wait_for_qos(site.build, heard, look_s=0.01)
+    assert heard.said == ["waiting for the QoS debug; in it: 4711 mine (pending, at most 30:00 left)"]
+
+
+def test_a_slurm_that_does_not_tell_its_limits_is_asked_all_the_same(
+    sbatch: Sbatch, site: Site, tmp_path: Path
+) -> None:
+    for program in ("sacctmgr", "squeue", "scontrol"):
+        sbatch.program(program, "echo 'error: not for you' >&2; exit 1")
+    sbatch.says("4711")
+    assert compile_job(tmp_path, Wishes(estimate_s=60)).id == "4711"
+
+
+def test_the_limits_of_qos_and_partition_hold(sbatch: Sbatch, site: Site, tmp_path: Path) -> None:
+    sbatch.program("sacctmgr", "echo 'debug|00:30:00|'")
+    sbatch.program("scontrol", "echo 'PartitionName=gpu MaxNodes=1 MaxTime=00:20:00 MinNodes=0'")
+    sbatch.says("1")
+    script = compile_job(tmp_path, Wishes(requeue=True, estimate_s=3600)).script.read_text()
+    assert "#SBATCH --time=00:20:00\n" in script
 
 
 def test_probe_is_submitted_as_itself_and_its_output_is_where_it_was_asked_for(

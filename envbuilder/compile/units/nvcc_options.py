@@ -1,20 +1,12 @@
-"""Stands in for nvcc in a build: compiles for the wanted GPU architectures alone, and measures.
+"""nvcc's architecture options: what is asked for becomes what is wanted. Pure.
 
-Packages hard-code up to nine architectures and offer no way to choose. This driver drops those that nobody
-asked for, whatever the spelling, and hands everything else to the real nvcc unchanged.
-
-Standalone, standard library only: `python -I -S nvcc.py REAL_NVCC ARCHITECTURES UNITS_LOG ARGUMENT…`, where
-ARCHITECTURES is like "90,100a" and UNITS_LOG is the file that gets one JSON line for each compiled unit.
+Packages hard-code up to nine architectures and offer no way to choose. Those that nobody asked for are
+dropped from the command line, whatever the spelling; all the rest of it stays as it is.
 """
 
-import contextlib
-import json
-import os
+from __future__ import annotations
+
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,7 +15,6 @@ ARCH = ("-arch", "--gpu-architecture")
 CODE = ("-code", "--gpu-code")
 THREADS = ("-t", "--threads")
 _INPUTS = (".cu", ".c", ".cc", ".cxx", ".cpp", ".ptx", ".cubin", ".fatbin", ".o", ".obj", ".a", ".so")
-_SOURCES = (".cu", ".c", ".cc", ".cxx", ".cpp")
 
 
 class Plan(NamedTuple):
@@ -36,11 +27,12 @@ class Plan(NamedTuple):
     """Architectures that were asked for and are not wanted."""
 
 
-def plan(arguments: Sequence[str], wanted: Sequence[str]) -> Plan:
+def plan(arguments: Sequence[str], wanted: Sequence[str], *, ptx: str | None = None) -> Plan:
     """`arguments` with the `wanted` architectures alone ("90", or "90a" for that variant alone).
 
     All architecture options become `-gencode arch=…,code=…`, at the place of the first. Where none of those
-    asked for is wanted, the wanted ones are put in. PTX goes too: nothing is for GPUs that are not named.
+    asked for is wanted, the wanted ones are put in. PTX goes too, for nothing is for GPUs that are not named,
+    unless `ptx` names an architecture whose PTX newer GPUs are to compile for themselves.
     """
     rest: list[str] = []
     asked: list[str] = []
@@ -65,6 +57,9 @@ def plan(arguments: Sequence[str], wanted: Sequence[str]) -> Plan:
             return Plan(rest, [], [])  # `nvcc --version` and the like: nothing is compiled
         place = 0
     kept = kept or [f"sm_{number}" for number in wanted]
+    if ptx is not None:
+        kept = sorted({*kept, f"compute_{ptx}"})
+        dropped = [code for code in dropped if code not in kept]
     flags = [word for code in kept for word in ("-gencode", f"arch=compute_{_number(code)},code={code}")]
     return Plan(rest[:place] + flags + rest[place:], kept, dropped)
 
@@ -99,45 +94,3 @@ def _is_wanted(code: str, wanted: Sequence[str]) -> bool:
 
 def _number(code: str) -> str:
     return code.partition("_")[2]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs the real nvcc as planned; returns its exit status, and dies of the signal that it died of."""
-    nvcc, architectures, units_log, *arguments = argv
-    planned = plan(arguments, architectures.split(","))
-    began = time.monotonic()
-    child = subprocess.Popen([nvcc, *planned.arguments])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: child.send_signal(received))
-    # wait4, because it alone gives this child's resources with those of all that it started.
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    source = next((word for word in arguments if word.endswith(_SOURCES)), None)
-    if source is not None and child.returncode == 0:
-        unit = {
-            "source": source,
-            "seconds": round(time.monotonic() - began, 3),
-            "cpu_seconds": round(used.ru_utime + used.ru_stime, 3),
-            "peak_rss_bytes": used.ru_maxrss * 1024,
-            "architectures_kept": planned.kept,
-            "architectures_dropped": planned.dropped,
-        }
-        _append(units_log, json.dumps(unit) + "\n")
-    if child.returncode < 0:
-        with contextlib.suppress(OSError):  # SIGKILL has no handler to put back
-            signal.signal(-child.returncode, signal.SIG_DFL)
-        os.kill(os.getpid(), -child.returncode)
-    return child.returncode
-
-
-def _append(path: str, line: str) -> None:
-    """One write in append mode, so that drivers running at once don't mix their lines."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

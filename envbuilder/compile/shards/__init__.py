@@ -1,0 +1,1 @@
+"""Compiling a translation unit in shards, where that is provably the same."""

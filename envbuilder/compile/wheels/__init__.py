@@ -1,0 +1,1 @@
+"""What is done with a built wheel: looked through, made deterministic, described."""

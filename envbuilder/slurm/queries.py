@@ -1,0 +1,224 @@
+"""What Slurm says of jobs and limits. One function, one question."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+
+from envbuilder.errors import MismatchError
+from envbuilder.process import run
+from envbuilder.slurm.walltime import seconds_of
+
+_TIMEOUT_S = 60.0
+"""A controller that is busy answers late; one that is down makes the commands give up by themselves."""
+_SHORT_S = 10.0
+"""For what is nice to know: limits that sbatch would tell as well, and the queue in an overview."""
+PREFIX = "envbuilder-"
+"""Of the names of all jobs that the tool submits."""
+
+
+class NoAnswerError(Exception):
+    """Slurm did not answer; a moment later it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as Slurm sees it."""
+
+    id: str
+    state: str
+    """E.g. "PENDING", "OUT_OF_MEMORY"."""
+    exit_code: int = 0
+    signal: int = 0
+    """That ended it; 0 for none."""
+    reason: str = ""
+    """Why it waits; for one that ended, seldom more than its state says."""
+    restarts: int = 0
+    start: str | None = None
+    """When it began, or is expected to; local time, ISO 8601."""
+    partition: str = ""
+    qos: str = ""
+    node: str = ""
+    limit: str = ""
+    """Of its time."""
+    priority: int = 0
+    cancelled_by: str | None = None
+    """The user's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One of the user's jobs that squeue shows."""
+
+    id: str
+    state: str
+    reason: str
+    start: str
+    """When it began, or is expected to; local time, ISO 8601; "N/A" where Slurm can't say."""
+    used: str
+    """Time that it has run, as Slurm writes it."""
+    left: str
+    """Time until its limit."""
+    partition: str
+    qos: str
+    name: str
+
+
+def ask(*argv: str, timeout_s: float = _TIMEOUT_S) -> str:
+    """What a Slurm command prints; NoAnswerError where it failed, with what it said."""
+    # Its time limit also gives it a process group of its own: Ctrl-C ends the waiting, not the question.
+    completed = run(argv, timeout_s=timeout_s)
+    if completed.timed_out or completed.returncode != 0:
+        raise NoAnswerError(completed.output.strip() or f"{argv[0]} gave no answer")
+    return completed.output
+
+
+def job_view(job_id: str) -> JobView | None:
+    """The job as the controller knows it, else as the accounting does; None where neither does (yet)."""
+    try:
+        return parse_job(ask("scontrol", "--oneliner", "show", "job", job_id))
+    except NoAnswerError as error:
+        if "Invalid job id" not in str(error):
+            raise
+    lives = job_lives(job_id)
+    return lives[-1] if lives else None
+
+
+def job_lives(job_id: str) -> list[JobView]:
+    """All lives of a job from the accounting, oldest first; empty where it has none, or no accounting."""
+    columns = "State,ExitCode,Start,Partition,QOS,NodeList,Timelimit"
+    try:
+        listed = ask("sacct", "-X", "-D", "-P", "-n", "-j", job_id, "-o", columns)
+    except (NoAnswerError, MismatchError):
+        return []
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == columns.count(",")]
+    return [_life(job_id, number, row) for number, row in enumerate(rows)]
+
+
+def cancelled_by(job_id: str) -> str | None:
+    """Who cancelled the job's last life: a user's name, or a number; None where nobody knows."""
+    lives = job_lives(job_id)
+    return lives[-1].cancelled_by if lives else None
+
+
+def parse_job(shown: str) -> JobView | None:
+    """The job in a line of `scontrol --oneliner show job`."""
+    values: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", shown):
+        values.setdefault(key, value)  # Paths come last, and may hold anything.
+    if "JobId" not in values or "JobState" not in values:
+        return None
+    code, signal = _exit_of(values.get("ExitCode", ""))
+    start = values.get("StartTime", "Unknown")
+    return JobView(
+        id=values["JobId"],
+        state=values["JobState"],
+        exit_code=code,
+        signal=signal,
+        reason=values.get("Reason", ""),
+        restarts=_number(values.get("Restarts", "")),
+        start=None if start in ("Unknown", "N/A", "None") else start,
+        partition=values.get("Partition", ""),
+        qos=values.get("QOS", ""),
+        node=values.get("BatchHost", ""),
+        limit=values.get("TimeLimit", ""),
+        priority=_number(values.get("Priority", "")),
+    )
+
+
+def _life(job_id: str, number: int, row: list[str]) -> JobView:
+    state, exit_code, start, partition, qos, node, limit = row
+    word, _, by = state.partition(" by ")
+    code, signal = _exit_of(exit_code)
+    return JobView(
+        id=job_id,
+        state=word.strip(),
+        exit_code=code,
+        signal=signal,
+        restarts=number,
+        start=None if start in ("Unknown", "None") else start,
+        partition=partition,
+        qos=qos,
+        node=node,
+        limit=limit,
+        cancelled_by=_user(by) if by else None,
+    )
+
+
+def _exit_of(text: str) -> tuple[int, int]:
+    code, _, signal = text.partition(":")
+    return _number(code), _number(signal)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _user(uid: str) -> str:
+    if uid == str(os.getuid()):
+        return "you"
+    with suppress(KeyError, ValueError):
+        return pwd.getpwuid(int(uid)).pw_name
+    return f"user {uid}"
+
+
+def jobs_ahead(job: JobView) -> int | None:
+    """Jobs of the partition that wait with a higher priority, of those that the user may see."""
+    try:
+        listed = ask("squeue", "-h", "-t", "PENDING", "-p", job.partition, "-o", "%i %Q", timeout_s=_SHORT_S)
+    except NoAnswerError:
+        return None
+    waiting = [line.split() for line in listed.splitlines()]
+    return sum(1 for words in waiting if len(words) == 2 and _number(words[1]) > job.priority)
+
+
+def my_jobs(qos: str | None = None) -> list[Listed]:
+    """The user's jobs that wait or run, of one QoS or of all; the tool's own have names with PREFIX."""
+    only = [f"--qos={qos}"] if qos else []
+    listed = ask("squeue", "--me", "-h", *only, "-o", "%i|%T|%r|%S|%M|%L|%P|%q|%j", timeout_s=_SHORT_S)
+    rows = (line.split("|", 8) for line in listed.splitlines())
+    return [Listed(*row) for row in rows if len(row) == 9]
+
+
+@dataclass(frozen=True, slots=True)
+class QosLimits:
+    """What a QoS allows; None: no limit, or nobody says."""
+
+    wall_s: int | None = None
+    jobs: int | None = None
+    """Of one user, queued and running together (MaxSubmitJobsPerUser)."""
+
+
+def qos_limits(qos: str) -> QosLimits:
+    """The limits of a QoS, as far as the accounting tells them."""
+    try:
+        shown = ask(
+            "sacctmgr", "-nP", "show", "qos", qos, "format=name,maxwall,maxsubmitpu", timeout_s=_SHORT_S
+        )
+    except (NoAnswerError, MismatchError):
+        return QosLimits()
+    for line in shown.splitlines():
+        name, _, rest = line.partition("|")
+        wall, _, jobs = rest.partition("|")
+        if name == qos:
+            return QosLimits(seconds_of(wall), int(jobs) if jobs.isdigit() else None)
+    return QosLimits()
+
+
+def partition_wall_s(partition: str) -> int | None:
+    """The longest time that a partition allows a job; None for no limit, or where nobody says."""
+    try:
+        shown = ask("scontrol", "--oneliner", "show", "partition", partition, timeout_s=_SHORT_S)
+    except (NoAnswerError, MismatchError):
+        return None
+    found = re.search(r"\bMaxTime=(\S+)", shown)
+    return seconds_of(found[1]) if found else None
+
+
+def is_slurm_here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("squeue") is not None
