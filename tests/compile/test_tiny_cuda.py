@@ -15,7 +15,7 @@ from envbuilder.lock import Group
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
-from envbuilder.report import Quiet
+from envbuilder.report import Quiet, Reporter
 from tests.conftest import Quickstart
 from tests.lab.bundles import make_bundle
 from tests.lab.packages import make_sdist
@@ -63,13 +63,31 @@ def bundle_of(folder: Path, quickstart: Quickstart, recipe: Recipe) -> Bundle:
     )
 
 
-def build(folder: Path, quickstart: Quickstart, recipe: Recipe) -> CompileReport:
+class Listener(Quiet):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def build(
+    folder: Path,
+    quickstart: Quickstart,
+    recipe: Recipe,
+    *,
+    reporter: Reporter | None = None,
+    prove: bool = False,
+) -> CompileReport:
     return compile_recipe(
         recipe,
         bundle_of(folder, quickstart, recipe),
         root=Root(folder / "root"),
         python=quickstart.python,
-        reporter=Quiet(),
+        reporter=reporter or Quiet(),
+        prove=prove,
     )
 
 
@@ -82,7 +100,11 @@ def test_only_the_wanted_architecture_is_compiled_and_the_module_imports(
     assert [(e.module, e.architectures) for e in receipt.extensions] == [("tiny_cuda_ext", ("sm_90",))]
     assert receipt.architectures_kept == ("sm_90",)
     assert receipt.architectures_dropped == ("sm_100", "sm_75", "sm_80")
-    assert sorted(unit.source for unit in receipt.units) == ["csrc/tiny.cpp", "csrc/tiny_kernel.cu"]
+    assert sorted(unit.source for unit in receipt.units) == [
+        "csrc/tiny.cpp",
+        "csrc/tiny_kernel.cu",
+        "csrc/tiny_scale.cu",
+    ]
     assert all(unit.peak_rss_bytes > 10_000_000 for unit in receipt.units)
     assert (receipt.torch, receipt.torch_cuda) == ("2.11.0+cu130", "13.0")
     assert build(tmp_path, quickstart, recipe).reused == ("tiny-cuda",)
@@ -95,6 +117,35 @@ def test_only_the_wanted_architecture_is_compiled_and_the_module_imports(
         [env.path / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(env.path)
+
+
+def test_a_unit_compiled_in_shards_has_the_same_kernels(
+    tmp_path: Path, quickstart: Quickstart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that a unit of seconds is cut as one of minutes is.
+    monkeypatch.setattr("envbuilder.compile.units.unit_compiler._WORTH_CUTTING", 0.0)
+    recipe, listener = recipe_for("9.0"), Listener()
+    (built,) = build(tmp_path, quickstart, recipe, reporter=listener, prove=True).wheels
+    shards = [unit.shard for unit in built.receipt.units if unit.source == "csrc/tiny_scale.cu"]
+    assert len(shards) >= 2
+    for name in ("double, 2", "double, 3", "float, 2", "float, 3"):
+        wanted = f"tiny_scale<{name}>".replace(" ", "")
+        assert sum(wanted in shard.replace(" ", "") for shard in shards) == 1
+    assert "csrc/tiny_scale.cu: 4 kernels are the same in shards and whole" in listener.notes
+    assert built.receipt.compiled_whole == {}
+    # Again, all from the cache: the same wheel.
+    Path(built.path.parent, "receipt.json").unlink()
+    (again,) = build(tmp_path, quickstart, recipe).wheels
+    assert all(unit.cached for unit in again.receipt.units)
+    assert again.receipt.wheel_sha256 == built.receipt.wheel_sha256
+
+
+def test_ptx_is_added_where_the_recipe_asks_for_it(tmp_path: Path, quickstart: Quickstart) -> None:
+    recipe = recipe_for("9.0")
+    assert recipe.cuda is not None
+    recipe = recipe.model_copy(update={"cuda": recipe.cuda.model_copy(update={"ptx": True})})
+    (built,) = build(tmp_path, quickstart, recipe).wheels
+    assert [extension.architectures for extension in built.receipt.extensions] == [("compute_90", "sm_90")]
 
 
 def test_a_build_that_succeeds_without_its_module_is_a_failure(

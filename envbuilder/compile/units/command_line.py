@@ -32,8 +32,9 @@ _OPTIONS = """
     -I -L -D -U -l -x -m -t -T -u -z -A -std -isystem -iquote -idirafter -isysroot -include -imacros -target
     -Xcompiler -Xptxas -Xlinker -Xcudafe -Xfatbinary -Xnvlink -Xarchive -Xassembler -Xpreprocessor -Xclang
     -Xcicc -ccbin -arch -code -gencode -maxrregcount -rdc -cudart -cudadevrt -odir -split-compile
-    -diag-suppress -diag-error -diag-warn -time --param --std --x --include-path --system-include
-    --pre-include --define-macro --undefine-macro --library --library-path --compiler-bindir --compiler-options
+    -diag-suppress -diag-error -diag-warn -time --param --std --x --include-path
+    --system-include --pre-include --define-macro --undefine-macro --library --library-path
+    --compiler-bindir --compiler-options
     --ptxas-options --linker-options --cudafe-options --threads --gpu-architecture --gpu-code
     --generate-code --diag-suppress --diag-error --diag-warn --split-compile --output-directory
     --maxrregcount --relocatable-device-code --cudart --time

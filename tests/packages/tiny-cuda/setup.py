@@ -12,7 +12,8 @@ architectures = [
 ]
 extension = CUDAExtension(
     name="tiny_cuda_ext",
-    sources=["csrc/tiny.cpp", "csrc/tiny_kernel.cu"],
+    sources=["csrc/tiny.cpp", "csrc/tiny_kernel.cu", "csrc/tiny_scale.cu"],
+    include_dirs=["csrc"],
     extra_compile_args={"cxx": ["-O1"], "nvcc": ["-O1", "--threads", "4", *architectures]},
 )
 # "Succeeds" without its extension, as mamba-ssm's setup.py does under its own variable.
