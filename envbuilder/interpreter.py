@@ -81,6 +81,21 @@ else:
 """
 
 
+# The import takes seconds, and more than ten where there is no bytecode of torch.
+_TORCH_FILES = """
+import importlib.util, json, os, runpy
+spec = importlib.util.find_spec("torch")
+if spec is None:
+    print("{}")
+else:
+    folder = os.path.dirname(spec.origin)
+    facts = runpy.run_path(os.path.join(folder, "version.py"))
+    with open(os.path.join(folder, "lib", "libc10.so"), "rb") as library:
+        cxx11_abi = b"__cxx11" in library.read()
+    print(json.dumps({"version": facts["__version__"], "cuda": facts["cuda"], "cxx11_abi": cxx11_abi}))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Interpreter:
     """A Python interpreter of this machine."""
@@ -172,6 +187,15 @@ def inspect_torch(python: Path, variables: Mapping[str, str] | None = None) -> T
             remedy=f"Run {python} -c 'import torch' and mend what it says.",
             context=error.context,
         ) from error
+    return TorchBuild(**facts) if facts else None
+
+
+def read_torch(python: Path, variables: Mapping[str, str] | None = None) -> TorchBuild | None:
+    """As `inspect_torch`, but by torch's files where they say it: it is not imported."""
+    try:
+        facts = _ask(python, ["-s", "-c", _TORCH_FILES], variables=variables)
+    except MismatchError:
+        return inspect_torch(python, variables)
     return TorchBuild(**facts) if facts else None
 
 

@@ -10,13 +10,15 @@ import hashlib
 import os
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyproject_hooks
 
+from envbuilder.atomic import make_folder
 from envbuilder.compile.buildenv_cache import cached_build_venv
 from envbuilder.compile.drivers import compiler as compiler_driver
 from envbuilder.compile.drivers import frontend as frontend_script
@@ -24,10 +26,10 @@ from envbuilder.envlock import WheelFile
 from envbuilder.errors import MismatchError
 from envbuilder.fatbin import gpu_architectures
 from envbuilder.gpu import architecture
-from envbuilder.interpreter import Interpreter, inspect_torch
+from envbuilder.interpreter import Interpreter, read_torch
 from envbuilder.machine import TorchBuild
 from envbuilder.model import ProvidedPackages
-from envbuilder.process import run
+from envbuilder.process import Cancel, run
 from envbuilder.recipe import CudaSpec
 from envbuilder.sandbox import Sandbox, sandbox_environment
 from envbuilder.sandbox_root import BUILD
@@ -45,8 +47,8 @@ SOURCE_DATE_EPOCH = "315532800"
 _AT_ONCE = "256"
 """Compilers that a build may start: all it has, for the broker decides when each of them runs."""
 _BYTECODE = "bytecode"
-"""The folder in a venv that has the bytecode of what builds import, also of a provided torch: a sealed build
-can't write it beside the sources, and compiling all of torch's takes longer than its import."""
+"""The folder with the bytecode of what builds import, also of a provided torch: a sealed build can't write it
+beside the sources, and compiling all of torch's takes longer than its import."""
 _IMPORTED = (
     "torch.utils.cpp_extension",
     "setuptools.build_meta",
@@ -73,6 +75,8 @@ class BuildTools:
     interpreter: Interpreter
     """What the venv was made from."""
     venv: Path
+    bytecode: Path
+    """Where the bytecode of what builds import is, once it was made."""
     provided: ProvidedPackages | None
     compiler: HostCompiler
     linker: str
@@ -132,22 +136,29 @@ def prepared_tools(
     def make(folder: Path) -> None:
         make_venv(interpreter, folder, provided)
         install_wheels(folder, wheels, scratch=scratch, remedy=remedy)
-        _compile_bytecode(folder, scratch / "bytecode", provided, sandbox, log=log)
 
     with cached_build_venv(
         cache, interpreter=interpreter, provided=provided, wheels=wheels, make=make
     ) as venv:
         variables = {**_variables(scratch, venv, provided), "PYTHONDONTWRITEBYTECODE": "1"}
-        torch = provided_torch or inspect_torch(venv_python(venv), variables)
+        torch = provided_torch or read_torch(venv_python(venv), variables)
         toolkit = None
         if cuda is not None:
             toolkit = system or packaged_toolkit(_site_packages(venv))
             check_toolkit(toolkit, torch.cuda if torch else None, capabilities)
             numbers = [architecture(capability) for capability in capabilities]
             _try_toolkit(scratch, toolkit, compiler, numbers, variables=variables, log=log)
-        yield BuildTools(
+        bytecode = cache.with_name(_BYTECODE) / venv.name
+        cancel = Cancel()
+        thread = threading.Thread(
+            target=_compile_bytecode,
+            args=(bytecode, scratch / _BYTECODE, venv, provided, sandbox),
+            kwargs={"log": scratch / "bytecode.log", "cancel": cancel},
+        )
+        tools = BuildTools(
             interpreter=interpreter,
             venv=venv,
+            bytecode=bytecode,
             provided=provided,
             compiler=compiler,
             linker=_program(compiler.cxx, "ld") or "ld",
@@ -156,22 +167,49 @@ def prepared_tools(
             capabilities=tuple(capabilities),
             ptx=cuda is not None and cuda.ptx,
         )
+        # Beside the builds, which wait for their compilers: it serves the next ones.
+        if not bytecode.exists():
+            _remove_bytecode_of_others(bytecode, cache)
+            thread.start()
+        try:
+            yield tools
+        finally:
+            cancel.now()
+            if thread.ident is not None:
+                thread.join()
 
 
 def _compile_bytecode(
-    venv: Path, private: Path, provided: ProvidedPackages | None, sandbox: Sandbox, *, log: Path
+    kept: Path,
+    private: Path,
+    venv: Path,
+    provided: ProvidedPackages | None,
+    sandbox: Sandbox,
+    *,
+    log: Path,
+    cancel: Cancel,
 ) -> None:
-    """Imports what builds import, seen as they see it, so that its bytecode is kept in the new `venv`."""
+    """Imports what builds import, seen as they see it, and keeps its bytecode in the new folder `kept`."""
     private.mkdir()
     room = sandbox.for_build(private, binds={f"{BUILD}/venv": venv}, readable=_readable(venv, provided))
     variables = _variables(private, venv, provided, sandbox=room)
     variables["PYTHONPYCACHEPREFIX"] = str(room.inside(private / _BYTECODE))
     python = room.inside(venv) / "bin/python"
     for module in _IMPORTED:  # what isn't there can't be imported
-        room.run([python, "-c", f"import {module}"], env=variables, cwd=private, log=log)
+        with suppress(MismatchError):  # a sandbox that can't be entered: the build itself says so
+            room.run([python, "-c", f"import {module}"], env=variables, cwd=private, log=log, cancel=cancel)
     made = private / _BYTECODE
-    made.mkdir(exist_ok=True)
-    made.rename(venv / _BYTECODE)
+    if made.is_dir() and not cancel.asked:
+        make_folder(kept.parent)
+        with suppress(OSError):  # another process was faster
+            made.rename(kept)
+
+
+def _remove_bytecode_of_others(bytecode: Path, venvs: Path) -> None:
+    """Removes what belongs to venvs that are no more."""
+    for folder in bytecode.parent.glob("*"):
+        if not (venvs / folder.name).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _readable(venv: Path, provided: ProvidedPackages | None) -> list[Path]:
@@ -185,7 +223,10 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
     folder.mkdir()
     programs = [tools.compiler.cxx, *([tools.toolkit.nvcc] if tools.toolkit else [])]
     readable = [*_readable(tools.venv, tools.provided), *map(_prefix, programs)]
-    sandbox = sandbox.for_build(folder, binds={f"{BUILD}/venv": tools.venv}, readable=readable)
+    binds = {f"{BUILD}/venv": tools.venv}
+    if tools.bytecode.is_dir():
+        binds[f"{BUILD}/{_BYTECODE}"] = tools.bytecode
+    sandbox = sandbox.for_build(folder, binds=binds, readable=readable)
     venv = sandbox.inside(tools.venv)
     socket = folder / "compilers"
     recorded = {
@@ -211,7 +252,8 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
         return [venv / "bin/python", "-I", "-S", script, sandbox.inside(socket), tool, real[tool]]
 
     variables = _variables(folder, tools.venv, tools.provided, sandbox=sandbox) | recorded
-    variables["PYTHONPYCACHEPREFIX"] = str(venv / _BYTECODE)
+    if tools.bytecode.is_dir():
+        variables["PYTHONPYCACHEPREFIX"] = str(sandbox.inside(tools.bytecode))
     for tool, name in (("c++", "CXX"), ("cc", "CC")):
         if tool in real:
             # The real name: builds tell by it which compiler it is.

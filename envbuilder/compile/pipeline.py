@@ -32,7 +32,7 @@ from envbuilder.interpreter import (
     check_interpreter,
     find_provided,
     inspect_interpreter,
-    inspect_torch,
+    read_torch,
 )
 from envbuilder.lock import LockedFile, SourceLock
 from envbuilder.machine import TorchBuild
@@ -196,7 +196,7 @@ def _inspect_machine(recipe: Recipe, lock: SourceLock, interpreter: Interpreter,
         toolkit = system_toolkit(os.environ)
         check_toolkit(toolkit, None, capabilities)
     provided = find_provided(recipe, lock, python)
-    torch = inspect_torch(Path(provided.python)) if provided and "torch" in provided.versions else None
+    torch = read_torch(Path(provided.python)) if provided and "torch" in provided.versions else None
     return _Machine(interpreter, compiler, capabilities, toolkit, provided, torch)
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from envbuilder import __version__
@@ -247,11 +248,13 @@ class Workshop:
         private, build = str(room.folder), str(room.sandbox.inside(room.folder))
         venv, venv_inside = str(self._tools.venv), str(room.sandbox.inside(self._tools.venv))
 
+        @cache
         def fixed(text: str) -> str:
             for real in (private, build):
                 text = text.replace(real, _BUILD)
             return text.replace(venv_inside, f"{_BUILD}/venv").replace(venv, f"{_BUILD}/venv")
 
+        @cache  # each unit asks for the same thousands of headers
         def outside(path: str) -> Path:
             if build != _BUILD and path.startswith(f"{_BUILD}/venv/"):
                 return self._tools.venv / path.removeprefix(f"{_BUILD}/venv/")

@@ -26,7 +26,7 @@ from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
 from envbuilder.report import Quiet
-from envbuilder.sandbox import Sandbox, find_sandbox
+from envbuilder.sandbox import find_sandbox
 from envbuilder.wheelhouse import find_built
 from tests.lab.bundles import make_bundle
 from tests.lab.packages import make_sdist, make_wheel
@@ -325,7 +325,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sandbox, "run", interrupted)
+    monkeypatch.setattr("envbuilder.compile.workshop.build_wheel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, recipe, bundle)
     assert left_over(tmp_path) == []

@@ -123,7 +123,8 @@ def test_a_unit_compiled_in_shards_has_the_same_kernels(
     tmp_path: Path, quickstart: Quickstart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that a unit of seconds is cut as one of minutes is.
-    monkeypatch.setattr("envbuilder.compile.units.unit_compiler._WORTH_CUTTING", 0.0)
+    for name in ("_WORTH_CUTTING", "SHARD_SECONDS"):
+        monkeypatch.setattr(f"envbuilder.compile.units.unit_compiler.{name}", 1.0)
     recipe, listener = recipe_for("9.0"), Listener()
     (built,) = build(tmp_path, quickstart, recipe, reporter=listener, prove=True).wheels
     shards = [unit.shard for unit in built.receipt.units if unit.source == "csrc/tiny_scale.cu"]

@@ -107,6 +107,11 @@ class FileHashes:
 
     def __call__(self, path: Path) -> str:
         """OSError where `path` is no regular file, can't be read, or changes while it is read."""
+        found = os.stat(path)  # noqa: PTH116 — of thousands of headers for each unit: a Path's own is slow
+        with self._lock:
+            known = self._known.get(_identity(found))
+        if known is not None and stat.S_ISREG(found.st_mode):
+            return known
         # Not blocking: a build may have put a pipe in a header's place.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -114,10 +119,6 @@ class FileHashes:
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(f"{path} is no regular file")
             identity = _identity(found)
-            with self._lock:
-                known = self._known.get(identity)
-            if known is not None:
-                return known
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if _identity(os.fstat(descriptor)) != identity:
                 raise OSError(f"{path} changes while it is read")

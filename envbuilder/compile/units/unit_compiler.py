@@ -28,7 +28,7 @@ from envbuilder.compile.units.records import Estimate, Records, UnitId
 from envbuilder.compile.units.scope import Ledger, Scope
 from envbuilder.model import UnitTiming
 
-SHARD_SECONDS = 30.0
+SHARD_SECONDS = 40.0
 """A unit is cut into shards of about this length: each costs some seconds of reading headers again."""
 _WORTH_CUTTING = 90.0
 """Seconds. A shorter unit is seldom what a build waits for."""

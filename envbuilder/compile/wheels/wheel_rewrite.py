@@ -29,8 +29,8 @@ SBOMS = "sboms"
 """The folder of a `.dist-info` folder for bills of materials (PEP 770)."""
 _EARLIEST = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip archive can hold."""
-_LEVEL = 6
-"""Of deflate; zlib's own default, which a later zlib might change."""
+_LEVEL = 1
+"""Of deflate: GPU code, most of such a wheel, is compressed already."""
 _UNIX = 3
 """The system of an archive whose members have Unix modes."""
 _SIGNATURES = ("RECORD.jws", "RECORD.p7s")
