@@ -25,7 +25,7 @@ from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, load_recipe
 from envbuilder.report import Reporter
 from envbuilder.requirements import current_digest
-from envbuilder.target import python_versions
+from envbuilder.target import python_versions, target_for
 
 # A command imports the stage that it runs and no other: half of a second run's time is imports.
 if TYPE_CHECKING:
@@ -162,6 +162,15 @@ class Session:
             rebuild=rebuild,
             prove=prove,
         )
+
+    def estimated_seconds(self, cpus: int) -> float | None:
+        """How long compiling will take on so many CPUs, where that is known from earlier builds."""
+        from envbuilder.compile.estimate import estimated_seconds
+
+        bundle = self.bundle()
+        target = target_for(bundle.lock.target, bundle.record.python)
+        sdists = {file.package for file in bundle.lock.select(target, ("runtime",)) if file.is_sdist}
+        return estimated_seconds(self.root, sorted(sdists), cpus=cpus)
 
     def install(self, python: Path | None = None, *, reinstall: bool = False) -> InstallReport:
         """Makes the env from bundle and wheelhouse."""

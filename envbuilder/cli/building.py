@@ -74,9 +74,15 @@ def compile_(
         flags += ["--rebuild"] if rebuild else []
         flags += ["--prove"] if prove else []
         from envbuilder.cli.submitting import compile_in_a_job
+        from envbuilder.slurm.site import load_site
         from envbuilder.slurm.submit import Wishes
 
-        wishes = Wishes(requeue=requeue, after=after, wait_for_qos=wait_for_qos)
+        wishes = Wishes(
+            requeue=requeue,
+            after=after,
+            wait_for_qos=wait_for_qos,
+            estimate_s=session.estimated_seconds(load_site(site).build.cpus),
+        )
         compile_in_a_job(opts, session, recipe, site, flags, wishes, wait=wait)
         return
     try:

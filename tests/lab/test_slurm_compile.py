@@ -21,6 +21,7 @@ from tests.lab.slurm import DEBUG_QOS, USER, SlurmLab, missing_programs
 pytestmark = pytest.mark.lab
 
 REPOSITORY = Path(__file__).parent.parent.parent
+PACKAGES = REPOSITORY / "tests" / "packages"
 
 # The site's keys, ROOT, and the job's command → what `submit` returned or raised, as JSON.
 SUBMIT = """
@@ -229,7 +230,10 @@ def test_compile_submits_itself_follows_the_job_and_builds_on_the_node(
     built = cluster.lab.as_user(
         [home / "root" / "envs" / "tiny" / "bin" / "python", "-c", "import tiny; print(tiny.JOB)"]
     )
-    assert built.stdout == "node1\n", built.stderr
+    # A sealed build sees no machine's name; the receipt has it.
+    assert built.stdout in ("build\n", "node1\n"), built.stderr
+    (receipt,) = (home / "root" / "wheelhouse").glob("tiny-*/receipt.json")
+    assert json.loads(receipt.read_text())["node"] == "node1"
     status = cluster.envbuilder("status", recipe)
     assert [(wheel["package"], wheel["version"]) for wheel in status["built"]] == [("tiny", "1.0")]
     assert [env["recipe"] for env in status["envs"]] == ["tiny"]
@@ -280,3 +284,36 @@ def test_a_full_qos_is_told_with_what_is_in_it_and_can_be_waited_for(cluster: Cl
     finally:
         waiting.kill()
         waiting.wait()
+
+
+def test_a_compile_whose_time_ends_goes_on_in_its_next_life_and_compiles_nothing_twice(
+    cluster: Cluster,
+) -> None:
+    home = cluster.lab.home
+    files = {path.name: path.read_text() for path in (PACKAGES / "several-units").iterdir()}
+    files["work.h"] = files["work.h"].replace("300000", "900000")
+    make_sdist(home / "files", "several-units", "1.0", files=files)
+    recipe = home / "recipes" / "several.toml"
+    recipe.write_text(
+        RECIPE.replace("tiny", "several-units").replace('name = "several-units"', 'name = "several"')
+    )
+    with IndexServer(home / "files") as index:
+        variables = {"ENVBUILDER_INDEX_LAB_URL": index.url}
+        cluster.envbuilder("lock", recipe, env=variables)
+        cluster.envbuilder("fetch", recipe, env=variables)
+    words = ["compile", recipe, "--sbatch", "--site", home / "lab.toml", "--requeue", "--no-wait"]
+    job = cluster.envbuilder(*words)["job"]
+    progress = home / "root" / "logs" / "slurm" / f"progress-{job}.json"
+    deadline = time.monotonic() + 60
+    while not progress.exists() or json.loads(progress.read_text())["done"] < 1:
+        assert time.monotonic() < deadline, Path(home / "root/logs/slurm").glob("*.log")
+        time.sleep(0.2)
+    # What Slurm itself sends ahead of the time limit.
+    cluster.lab.as_user(["scancel", "--signal=USR1", "--batch", job])
+    ended = cluster.envbuilder("status", "--follow", job)
+    assert (ended["state"], ended["lives"]) == ("COMPLETED", 2)
+    (receipt,) = (home / "root" / "wheelhouse").glob("several-units-*/receipt.json")
+    units = json.loads(receipt.read_text())["units"]
+    assert len(units) == 6
+    assert sum(unit["cached"] for unit in units) >= 2
+    assert json.loads(progress.read_text())["stage"] == "done"
