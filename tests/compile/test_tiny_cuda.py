@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from envbuilder.compile.pipeline import CompileReport, compile_recipe
-from envbuilder.errors import BuildError, InputError
+from envbuilder.errors import InputError
 from envbuilder.install import install_env
 from envbuilder.interpreter import inspect_interpreter
 from envbuilder.lock import Group
@@ -147,14 +147,6 @@ def test_ptx_is_added_where_the_recipe_asks_for_it(tmp_path: Path, quickstart: Q
     recipe = recipe.model_copy(update={"cuda": recipe.cuda.model_copy(update={"ptx": True})})
     (built,) = build(tmp_path, quickstart, recipe).wheels
     assert [extension.architectures for extension in built.receipt.extensions] == [("compute_90", "sm_90")]
-
-
-def test_a_build_that_succeeds_without_its_module_is_a_failure(
-    tmp_path: Path, quickstart: Quickstart
-) -> None:
-    with pytest.raises(BuildError, match="the wheel lacks tiny_cuda_ext"):
-        build(tmp_path, quickstart, recipe_for("9.0", TINY_CUDA_SKIP_BUILD="TRUE"))
-    assert not Root(tmp_path / "root").wheelhouse.exists()
 
 
 def test_an_architecture_that_nvcc_cannot_make_is_refused_before_the_build(
