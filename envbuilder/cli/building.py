@@ -119,6 +119,7 @@ def _compile_here(
             "env": env.path,
         },
         summary.compiled(built),
+        *([f"timeline: {built.timeline}"] if built.timeline else []),
         f"{env.path}: {summary.installed(env)}",
     )
 

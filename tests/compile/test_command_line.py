@@ -87,6 +87,20 @@ def test_the_values_of_options_are_no_sources() -> None:
     assert (found.source, found.includes) == ("a.cpp", ("dir.cc",))
 
 
+def test_macros_are_found_in_every_spelling() -> None:
+    found = unit("-DA -D B=1 --define-macro=C -c a.cu")
+    assert (found.defines, found.hinders_shards({})) == (("A", "B=1", "C"), None)
+    assert found.hinders_shards({"NVCC_APPEND_FLAGS": "-O2 -rdc=true"}) == "-rdc=true"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["-include pre.h", "-imacros m.h", "-rdc=true", "-dc", "-x cu", "--relocatable-device-code=true"],
+)
+def test_options_that_change_what_the_text_is_hinder_shards(option: str) -> None:
+    assert unit(f"{option} -c a.cu").hinders_shards({}) == option.split()[0]
+
+
 def test_response_files_are_read_and_their_architectures_too() -> None:
     found = unit(
         "--options-file flags.rsp -c a.cu",

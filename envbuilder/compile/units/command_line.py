@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import posixpath
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from envbuilder.compile.units.nvcc_options import plan
@@ -41,6 +42,21 @@ _OPTIONS = """
 """
 _WITH_VALUE = frozenset(_OPTIONS.split())
 _INCLUDES = ("-I", "-isystem", "-iquote", "-idirafter", "--include-path", "--system-include")
+_DEFINES = ("-D", "--define-macro")
+# With these, a unit's text is not all of its text, or its objects are not what they look like.
+_NOT_IN_SHARDS = frozenset(
+    {"-include", "--pre-include", "-imacros", "-iquote", "-idirafter", "-x", "--x", "-dc", "--device-c"}
+    | {
+        "-dw",
+        "--device-w",
+        "-rdc",
+        "--relocatable-device-code",
+        "-dlto",
+        "-ewp",
+        "-static-global-template-stub",
+    }
+    | {"--static-global-template-stub", "--extensible-whole-program", "--dlink-time-opt"}
+)
 _RESPONSE = ("--options-file", "-optf")
 
 
@@ -58,6 +74,8 @@ class Unit:
     """The object's name in the dependency file, if not `output`."""
     includes: tuple[str, ...]
     """Folders that headers are looked for in, in order."""
+    defines: tuple[str, ...]
+    """Macros that it defines, as NAME or NAME=VALUE."""
     kept: tuple[str, ...]
     """Architectures that it is compiled for, e.g. "sm_90"."""
     dropped: tuple[str, ...]
@@ -65,6 +83,12 @@ class Unit:
     @property
     def cuda(self) -> bool:
         return self.source.endswith(_CUDA)
+
+    def hinders_shards(self, variables: Mapping[str, str]) -> str | None:
+        """An option, given here or by nvcc's own `variables`, with which the unit must be compiled whole."""
+        flags = (variables.get(f"NVCC_{place}_FLAGS", "").split() for place in ("PREPEND", "APPEND"))
+        words = (*self.arguments, *chain.from_iterable(flags))
+        return next((word for word in words if word.partition("=")[0] in _NOT_IN_SHARDS), None)
 
     def command(
         self, compiler: str, *, source: str, output: str, depfile: str, more: Sequence[str] = ()
@@ -102,6 +126,7 @@ def read_command(
     rest: list[str] = []
     sources: list[str] = []
     includes: list[str] = []
+    defines: list[str] = []
     output = depfile = deptarget = None
     stream = iter(words)
     for word in stream:
@@ -118,6 +143,8 @@ def read_command(
             rest += given
             if option in _INCLUDES and value is not None:
                 includes.append(value)
+            elif option in _DEFINES and value is not None:
+                defines.append(value)
             elif option is None and not word.startswith("-") and word.endswith((*_CUDA, *_HOST)):
                 sources.append(word)
     asked = set(words)
@@ -134,6 +161,7 @@ def read_command(
         depfile=depfile,
         deptarget=deptarget,
         includes=tuple(includes),
+        defines=tuple(defines),
         kept=tuple(kept),
         dropped=tuple(dropped),
     )
@@ -147,7 +175,7 @@ def _option(word: str, stream: Iterator[str]) -> tuple[str | None, str | None, l
     option, equals, value = word.partition("=")
     if equals and option.startswith("--"):
         return option, value, [word]
-    for short in ("-isystem", "-iquote", "-idirafter", "-MF", "-MT", "-MQ", "-I", "-o"):
+    for short in ("-isystem", "-iquote", "-idirafter", "-MF", "-MT", "-MQ", "-I", "-D", "-o"):
         if word.startswith(short) and len(word) > len(short) and not word.startswith(("-odir", "-optf")):
             return short, word[len(short) :].removeprefix("="), [word]
     return None, None, [word]

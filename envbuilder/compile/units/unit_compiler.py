@@ -119,11 +119,16 @@ class UnitCompiler:
         most = int(min(whole.seconds / SHARD_SECONDS, 2 * self._broker.cpus))
         if (most < 2 or whole.seconds < _WORTH_CUTTING) and scope.sharding != "force":
             return None
+        if option := unit.hinders_shards(call.env):
+            with self.ledger.lock:
+                self.ledger.whole[self._named(source)] = f"it is compiled with {option}"
+            return None
         plan = plan_shards(
             Path(source),
             read=lambda path: self._read_outside(str(path)),
             include_folders=[Path(call.absolute(folder)) for folder in unit.includes],
             own=lambda path: path.is_relative_to(scope.tree),
+            defines=unit.defines,
             most=max(2, most),
             force=scope.sharding == "force",
         )
