@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
+from envbuilder.sandbox import find_sandbox
 from tests.doctor.conftest import TinyEnv, run_one
 
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -61,6 +63,14 @@ def test_another_processor_than_the_recipes_fails(root: Root) -> None:
     assert other in finding.summary
 
 
+@pytest.fixture
+def no_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that gives no namespace for mounts; what it gives otherwise, unshare says."""
+    weaker = functools.partial(find_sandbox, strongest="network-namespace")
+    monkeypatch.setattr("envbuilder.doctor.checks.platform.find_sandbox", weaker)
+
+
+@pytest.mark.usefixtures("no_mounts")
 def test_refused_namespaces_are_a_warning(root: Root, programs: Callable[..., Path]) -> None:
     programs(unshare='echo "unshare: unshare failed: Operation not permitted" >&2; exit 1')
     finding = run_one("platform.namespaces", root=root)
@@ -69,11 +79,21 @@ def test_refused_namespaces_are_a_warning(root: Root, programs: Callable[..., Pa
     assert "--require-isolation" in finding.remedy
 
 
+@pytest.mark.usefixtures("no_mounts")
 def test_a_machine_without_unshare_is_a_warning(root: Root, programs: Callable[..., Path]) -> None:
     programs()
     assert run_one("platform.namespaces", root=root).verdict == "warning"
 
 
+@pytest.mark.usefixtures("no_mounts")
 def test_namespaces_that_can_be_made_pass(root: Root, programs: Callable[..., Path]) -> None:
     programs(unshare="exit 0")
-    assert run_one("platform.namespaces", root=root).verdict == "ok"
+    finding = run_one("platform.namespaces", root=root)
+    assert finding.verdict == "ok"
+    assert "they read what you can read" in finding.summary
+
+
+def test_the_sandbox_that_compile_finds_is_the_one_told(root: Root) -> None:
+    finding = run_one("platform.namespaces", root=root)
+    told = {"sealed": "sealed here", "network-namespace": "without network", "none": "not kept from"}
+    assert told[find_sandbox().isolation] in finding.summary

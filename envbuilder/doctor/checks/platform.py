@@ -57,14 +57,21 @@ def check_machine(subject: Subject, reporter: Reporter) -> Outcome:
 
 
 def check_namespaces(subject: Subject, reporter: Reporter) -> Outcome:
-    """Network namespaces, tried: with one, `compile` keeps a build from the network (unshare(1))."""
-    if find_sandbox().isolation == "none":
+    """The sandbox that `compile` would run a build in here, found by trying."""
+    sandbox = find_sandbox()
+    if sandbox.isolation == "none":
         return warning(
             "No network namespace can be made here, so a build is not kept from the network.",
+            *sandbox.refused,
             remedy="Builds work without; where isolation is a must, compile on another node: "
             f"envbuilder compile {subject.recipe_file} --local --require-isolation",
         )
-    return ok("Network namespaces can be made here, so builds run without network.")
+    if sandbox.isolation == "network-namespace":
+        return ok(
+            "Network namespaces can be made here, so builds run without network; they read what you can read.",
+            *sandbox.refused,
+        )
+    return ok("Builds are sealed here: no network, no homes, and one folder to write in.")
 
 
 def _target(subject: Subject) -> TargetSpec:
@@ -108,7 +115,7 @@ CHECKS = (
     Check(
         "platform.namespaces",
         "namespaces",
-        "whether this user can make a network namespace, alone or inside a user namespace",
+        "how far this user can cut a build off: mounts and network, network alone, or nothing",
         check_namespaces,
     ),
 )
