@@ -68,7 +68,7 @@ def check_namespaces(subject: Subject, reporter: Reporter) -> Outcome:
         )
     if sandbox.isolation == "network-namespace":
         return ok(
-            "Network namespaces can be made here, so builds run without network; they read what you can read.",
+            "Network namespaces can be made here, so builds run without network, and read what you can read.",
             *sandbox.refused,
         )
     return ok("Builds are sealed here: no network, no homes, and one folder to write in.")
