@@ -10,7 +10,7 @@ import errno
 import os
 import pwd
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -53,13 +53,21 @@ def scratch_folders() -> list[str]:
 
 def _folders(paths: Sequence[str]) -> list[str]:
     real = {os.path.realpath(path) for path in paths if path.startswith("/")}
-    return sorted(path for path in real if _may_be_hidden(path) and Path(path).is_dir())
+    return sorted(path for path in real if _may_be_hidden(path) and _kind(path, stat.S_ISDIR))
 
 
 def _may_be_hidden(path: str) -> bool:
     return not any(
         is_below(system, path) for system in (*_NEVER_HIDDEN, *map(os.path.realpath, _NEVER_HIDDEN))
     )
+
+
+def _kind(path: str, check: Callable[[int], bool]) -> bool:
+    """Whether `check` holds for the mode of what is at `path`; not where this user can't look."""
+    try:
+        return check(Path(path).stat().st_mode)
+    except OSError:
+        return False
 
 
 def secrets(host: Mapping[str, str], sockets: str) -> list[str]:
@@ -71,7 +79,7 @@ def secrets(host: Mapping[str, str], sockets: str) -> list[str]:
     words = (line.split(None, 7) for line in sockets.splitlines()[1:])
     # A program elsewhere (in a container) can have a socket where here is something else.
     bound = {os.path.realpath(line[7]) for line in words if len(line) == 8 and line[7].startswith("/")}
-    real |= {path for path in bound if Path(path).is_socket()}
+    real |= {path for path in bound if _kind(path, stat.S_ISSOCK)}
     return sorted(path for path in real if _may_be_hidden(path) and os.path.lexists(path))
 
 

@@ -176,6 +176,8 @@ def test_a_reason_that_was_there_for_a_moment_only_ends_nothing(slurm: Slurm) ->
 
 def test_an_interruption_says_that_the_job_goes_on(slurm: Slurm) -> None:
     slurm.shows("JobState=RUNNING Reason=None")
+    # Where the tests themselves run in the background, a shell has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         while not slurm.heard.said:
@@ -184,8 +186,11 @@ def test_an_interruption_says_that_the_job_goes_on(slurm: Slurm) -> None:
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        slurm.follow()
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slurm.follow()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert f"the job 5 goes on, and its log is {slurm.log}" in slurm.heard.said[-2]
     assert "envbuilder status --follow 5; cancel it: scancel 5" in slurm.heard.said[-1]
