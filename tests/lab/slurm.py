@@ -15,6 +15,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -162,6 +163,8 @@ class SlurmLab:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            # It must heed Ctrl-C, also where the tests run in the background: there a shell has it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for_job(self, job_id: str, *, seconds: float = 60) -> str:
