@@ -145,7 +145,7 @@ def test_temporary_files_are_gone_with_the_program(sealed: Sandbox, private: Pat
     name = f"envbuilder-test-{os.getpid()}"
     run(sandbox, f"touch /tmp/{name} /dev/shm/{name} kept", tmp_path / "log")
     *found, tmp = run(sandbox, "ls /dev/shm /build; echo; ls /tmp", tmp_path / "log").output.split("\n\n")
-    assert "".join(found).split() == ["/build:", "kept", "/dev/shm:"]
+    assert " ".join(found).split() == ["/build:", "kept", "/dev/shm:"]
     assert set(tmp.split()) <= in_tmp(Path(sys.prefix), Path.home(), SOURCES)
     assert not Path("/tmp", name).exists()
 
