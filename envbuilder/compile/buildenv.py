@@ -40,7 +40,7 @@ from envbuilder.toolchain import (
     make_cuda_home,
     packaged_toolkit,
 )
-from envbuilder.venv import install_wheels, make_venv, venv_python
+from envbuilder.venv import install_wheels, make_venv, site_packages, venv_python
 
 SOURCE_DATE_EPOCH = "315532800"
 """1 January 1980, the earliest time that a zip archive can hold: file times in wheels don't tell the day."""
@@ -87,6 +87,12 @@ class BuildTools:
     ptx: bool
 
     @property
+    def site_packages(self) -> tuple[Path, ...]:
+        """The venv's own, then the provider's."""
+        provided = self.provided.site_packages if self.provided else ()
+        return (site_packages(self.venv, self.interpreter.minor), *map(Path, provided))
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The architectures, e.g. "90"."""
         return tuple(architecture(capability) for capability in self.capabilities)
@@ -101,8 +107,6 @@ class BuildRoom:
     sandbox: Sandbox
     python: str
     """The venv's interpreter, as the build sees it."""
-    compilers: dict[str, str]
-    """Tool (nvcc, c++, cc) → the real program, as the build sees it."""
     variables: dict[str, str]
     """Of the sandbox and the compilers; the recipe's come on top."""
     recorded: dict[str, str]
@@ -144,7 +148,7 @@ def prepared_tools(
         torch = provided_torch or read_torch(venv_python(venv), variables)
         toolkit = None
         if cuda is not None:
-            toolkit = system or packaged_toolkit(_site_packages(venv))
+            toolkit = system or packaged_toolkit(site_packages(venv, interpreter.minor))
             check_toolkit(toolkit, torch.cuda if torch else None, capabilities)
             numbers = [architecture(capability) for capability in capabilities]
             _try_toolkit(scratch, toolkit, compiler, numbers, variables=variables, log=log)
@@ -274,7 +278,7 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
         nvcc = str(inside / "bin" / "nvcc")
         variables |= {"CUDA_HOME": str(inside), "PYTORCH_NVCC": nvcc, "CUDACXX": nvcc} | recorded
         variables["PATH"] = f"{inside / 'bin'}{os.pathsep}{variables['PATH']}"
-    return BuildRoom(folder, sandbox, str(venv / "bin/python"), real, variables, recorded, socket)
+    return BuildRoom(folder, sandbox, str(venv / "bin/python"), variables, recorded, socket)
 
 
 def compiler_identities(tools: BuildTools) -> dict[str, tuple[str, str]]:
@@ -331,10 +335,6 @@ def _prefix(program: Path) -> Path:
 def _write_wrapper(path: Path, words: Sequence[str | Path]) -> None:
     path.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n', encoding="utf-8")
     path.chmod(0o755)
-
-
-def _site_packages(venv: Path) -> Path:
-    return next(venv.glob("lib/python3*/site-packages"))
 
 
 def _try_toolkit(

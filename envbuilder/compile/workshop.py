@@ -42,14 +42,13 @@ from envbuilder.progress_file import ProgressFile, job_progress
 from envbuilder.recipe import SourceBuild
 from envbuilder.report import Reporter
 from envbuilder.sandbox import Sandbox
+from envbuilder.sandbox_root import BUILD
 from envbuilder.wheelhouse import store_built
 
 _TICK_S = 1.0
 """Between two looks at how far the work is."""
 _FOR_UNITS = 0.9
 """Share of the memory that compilers get: this process and the linkers take some too."""
-_BUILD = "/build"
-"""A build's private folder in what is recorded, wherever it really was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,16 +249,17 @@ class Workshop:
 
         @cache
         def fixed(text: str) -> str:
+            # As a sealed build has it, wherever this one really is.
             for real in (private, build):
-                text = text.replace(real, _BUILD)
-            return text.replace(venv_inside, f"{_BUILD}/venv").replace(venv, f"{_BUILD}/venv")
+                text = text.replace(real, BUILD)
+            return text.replace(venv_inside, f"{BUILD}/venv").replace(venv, f"{BUILD}/venv")
 
         @cache  # each unit asks for the same thousands of headers
         def outside(path: str) -> Path:
-            if build != _BUILD and path.startswith(f"{_BUILD}/venv/"):
-                return self._tools.venv / path.removeprefix(f"{_BUILD}/venv/")
-            if build != _BUILD and path.startswith(f"{_BUILD}/"):
-                return room.folder / path.removeprefix(f"{_BUILD}/")
+            if build != BUILD and path.startswith(f"{BUILD}/venv/"):
+                return self._tools.venv / path.removeprefix(f"{BUILD}/venv/")
+            if build != BUILD and path.startswith(f"{BUILD}/"):
+                return room.folder / path.removeprefix(f"{BUILD}/")
             return room.sandbox.outside(path)
 
         numbers = self._tools.numbers
@@ -278,12 +278,10 @@ class Workshop:
         )
 
     def _expected(self, order: Order) -> Expected:
-        folders = [*self._tools.venv.glob("lib/python3*/site-packages")]
-        folders += [
-            Path(path) for path in (self._tools.provided.site_packages if self._tools.provided else ())
-        ]
         libraries = [
-            library for folder in folders for library in (folder / "torch/lib", *folder.glob("nvidia/*/lib"))
+            library
+            for folder in self._tools.site_packages
+            for library in (folder / "torch/lib", *folder.glob("nvidia/*/lib"))
         ]
         if self._tools.toolkit is not None:
             libraries += [self._tools.toolkit.home / name for name in ("lib64", "lib")]

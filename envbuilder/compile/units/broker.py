@@ -366,7 +366,7 @@ class Broker:
         return best
 
     def _work(self, now: float) -> float:
-        """CPU seconds that are left: of what runs, waits and is expected."""
+        """CPU seconds that are left: of what runs and waits."""
         running = sum(slot.seconds_left(now) * slot.threads for slot in self._running)
         waiting = sum(request.estimate.seconds for request in self._waiting)
         return running + waiting

@@ -98,7 +98,7 @@ class UnitCompiler:
         text = call.read(source)
         plan = self._plan(call, unit, source, text)
         if isinstance(plan, ShardPlan):
-            status = self._compile_shards(call, unit, source, text, plan)
+            status = self._compile_shards(call, unit, source, plan)
             if status is not None:
                 return status
         piece = self._piece(call, unit, source, text, unit.output)
@@ -120,8 +120,7 @@ class UnitCompiler:
         if (most < 2 or whole.seconds < _WORTH_CUTTING) and scope.sharding != "force":
             return None
         if option := unit.hinders_shards(call.env):
-            with self.ledger.lock:
-                self.ledger.whole[self._named(source)] = f"it is compiled with {option}"
+            self._compiled_whole(source, f"it is compiled with {option}")
             return None
         plan = plan_shards(
             Path(source),
@@ -133,15 +132,11 @@ class UnitCompiler:
             force=scope.sharding == "force",
         )
         if isinstance(plan, Whole) and "one instantiation" not in plan.reason:
-            with self.ledger.lock:
-                self.ledger.whole[self._named(source)] = (
-                    f"{plan.reason} ({posixpath.basename(plan.file)}, line {plan.line})"
-                )
+            where = f"{posixpath.basename(plan.file)}, line {plan.line}"
+            self._compiled_whole(source, f"{plan.reason} ({where})")
         return plan
 
-    def _compile_shards(
-        self, call: DriverCall, unit: Unit, source: str, text: bytes, plan: ShardPlan
-    ) -> int | None:
+    def _compile_shards(self, call: DriverCall, unit: Unit, source: str, plan: ShardPlan) -> int | None:
         """The exit status, or None where the objects show that the unit must be compiled whole."""
         stem = posixpath.splitext(source)[0]
         count = sum(map(len, plan.instantiations))
@@ -175,8 +170,7 @@ class UnitCompiler:
                 one.content or call.read(piece.output) for piece, one in zip(pieces, made, strict=True)
             ]
             if reason := _objects_differ(objects):
-                with self.ledger.lock:
-                    self.ledger.whole[self._named(source)] = reason
+                self._compiled_whole(source, reason)
                 return None
             joined = call.run(self._joining(call, [piece.output for piece in pieces], unit.output))
             if joined.status != 0:
@@ -302,6 +296,10 @@ class UnitCompiler:
     def _named(self, source: str) -> str:
         """`source` as seen from the source tree."""
         return source.removeprefix(f"{self._scope.tree}/")
+
+    def _compiled_whole(self, source: str, reason: str) -> None:
+        with self.ledger.lock:
+            self.ledger.whole[self._named(source)] = reason
 
     def _record(
         self,
