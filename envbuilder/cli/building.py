@@ -74,7 +74,7 @@ def compile_(
         flags += ["--rebuild"] if rebuild else []
         flags += ["--prove"] if prove else []
         from envbuilder.cli.submitting import compile_in_a_job
-        from envbuilder.slurm.site import load_site
+        from envbuilder.site import load_site
         from envbuilder.slurm.submit import Wishes
 
         wishes = Wishes(

@@ -65,7 +65,7 @@ def _follow(opts: Options, job_id: str) -> None:
 def _jobs(root: Root, recipe: Recipe | None) -> tuple[list[JobNow], str | None]:
     """The jobs, or why there is nothing to say of them."""
     from envbuilder.slurm.overview import own_jobs
-    from envbuilder.slurm.queries import NoAnswerError, is_slurm_here
+    from envbuilder.slurm_queries import NoAnswerError, is_slurm_here
 
     if not is_slurm_here():
         return [], "There is no Slurm on this machine."
@@ -148,7 +148,7 @@ def _show(
 
 
 def _job_words(job: JobNow) -> str:
-    from envbuilder.slurm.walltime import spoken
+    from envbuilder.slurm_time import spoken
 
     listed = job.listed
     words = [f"{listed.name}: {listed.state.lower()}"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from envbuilder.cli.app import Options
 from envbuilder.paths import Root
 from envbuilder.session import Session
-from envbuilder.slurm.walltime import spoken
+from envbuilder.slurm_time import spoken
 
 if TYPE_CHECKING:
     from envbuilder.slurm.follow import Ended

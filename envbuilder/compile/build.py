@@ -13,15 +13,15 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from packaging.version import Version
 
 from envbuilder.compile.buildenv import BuildRoom
-from envbuilder.compile.wheels.linkage import check_linkage
-from envbuilder.compile.wheels.shared_object import SharedObjectError
 from envbuilder.errors import BuildError
 from envbuilder.fatbin import FatbinError, gpu_architectures
 from envbuilder.gpu import architecture
+from envbuilder.linkage import check_linkage
 from envbuilder.lock import LockedFile
 from envbuilder.model import Extension
 from envbuilder.process import Cancel
 from envbuilder.report import Reporter
+from envbuilder.shared_object import SharedObjectError
 
 _LAST_LINES = 12
 """How much of a failed build's log goes into the error."""

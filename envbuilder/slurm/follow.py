@@ -15,10 +15,10 @@ from envbuilder.paths import Root
 from envbuilder.progress_file import DONE, progress_path, read_progress
 from envbuilder.report import Reporter
 from envbuilder.slurm.joblog import read_log_end
-from envbuilder.slurm.queries import JobView, NoAnswerError, cancelled_by, job_lives, job_view, jobs_ahead
 from envbuilder.slurm.verdict import ENDED, PERHAPS_AGAIN, verdict
 from envbuilder.slurm.waiting import Waiting, waiting_for
-from envbuilder.slurm.walltime import spoken
+from envbuilder.slurm_queries import JobView, NoAnswerError, cancelled_by, job_lives, job_view, jobs_ahead
+from envbuilder.slurm_time import spoken
 
 _BACK_OFF = 1.5
 _NAMES = 3

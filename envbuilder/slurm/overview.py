@@ -8,8 +8,8 @@ from pathlib import Path
 from envbuilder.errors import InputError
 from envbuilder.paths import Root
 from envbuilder.progress_file import Progress, progress_path, read_progress
-from envbuilder.slurm.queries import PREFIX, Listed, my_jobs
 from envbuilder.slurm.waiting import waiting_for
+from envbuilder.slurm_queries import PREFIX, Listed, my_jobs
 
 
 @dataclass(frozen=True, slots=True)

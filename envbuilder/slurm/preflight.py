@@ -6,9 +6,10 @@ import time
 
 from envbuilder.errors import SlurmError
 from envbuilder.report import Reporter
-from envbuilder.slurm.queries import Listed, NoAnswerError, my_jobs, partition_wall_s, qos_limits
-from envbuilder.slurm.site import JobSpec
-from envbuilder.slurm.walltime import Walltime, choose_walltime, seconds_of
+from envbuilder.site import JobSpec
+from envbuilder.slurm.walltime import Walltime, choose_walltime
+from envbuilder.slurm_queries import Listed, NoAnswerError, my_jobs, partition_wall_s, qos_limits
+from envbuilder.slurm_time import seconds_of
 
 _LOOK_S, _LONGEST_S = 5.0, 60.0
 

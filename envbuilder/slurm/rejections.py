@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from envbuilder.errors import SlurmError
-from envbuilder.slurm.site import JobSpec
+from envbuilder.site import JobSpec
 
 
 @dataclass(frozen=True, slots=True)

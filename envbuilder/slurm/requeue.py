@@ -11,7 +11,7 @@ from envbuilder.errors import SlurmError, UsageError
 from envbuilder.paths import Root
 from envbuilder.progress_file import progress_path, read_progress
 from envbuilder.report import Reporter
-from envbuilder.slurm.queries import NoAnswerError, ask
+from envbuilder.slurm_queries import NoAnswerError, ask
 
 MOST_LIVES = 21
 """The first one and 20 more: whoever needs that many should look at the walltime."""

@@ -6,8 +6,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from envbuilder.slurm.site import JobSpec, Site
-from envbuilder.slurm.walltime import seconds_of, warning_s
+from envbuilder.site import JobSpec, Site
+from envbuilder.slurm.walltime import warning_s
+from envbuilder.slurm_time import seconds_of
 
 
 @dataclass(frozen=True, slots=True)

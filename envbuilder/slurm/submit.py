@@ -16,12 +16,12 @@ from envbuilder.errors import MismatchError, SlurmError, UsageError
 from envbuilder.paths import Root
 from envbuilder.process import run
 from envbuilder.report import Reporter
+from envbuilder.site import JobSpec, Site, load_site
 from envbuilder.slurm.preflight import check_qos_is_free, planned_walltime, wait_for_qos
-from envbuilder.slurm.queries import PREFIX
 from envbuilder.slurm.rejections import rejection_error
 from envbuilder.slurm.script import Job, render_script
-from envbuilder.slurm.site import JobSpec, Site, load_site
-from envbuilder.slurm.walltime import seconds_of, slurm_time, spoken
+from envbuilder.slurm_queries import PREFIX
+from envbuilder.slurm_time import seconds_of, slurm_time, spoken
 
 # sbatch gives the job its own environment. These alone go along, so that a job is what its script says, and
 # not what happened to be loaded and set in the shell that it was submitted from.

@@ -23,7 +23,7 @@ from envbuilder.errors import (
     UsageError,
 )
 from envbuilder.slurm.joblog import LogEnd
-from envbuilder.slurm.queries import JobView
+from envbuilder.slurm_queries import JobView
 
 OWN_ERRORS: dict[int, type[EnvbuilderError]] = {
     kind.exit_code: kind

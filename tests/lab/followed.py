@@ -27,7 +27,7 @@ from pathlib import Path
 from envbuilder.errors import EnvbuilderError
 from envbuilder.paths import Root
 from envbuilder.slurm.follow import Pace, follow
-from envbuilder.slurm.site import load_site
+from envbuilder.site import load_site
 from envbuilder.slurm.submit import Asked, submit
 
 class Heard(list):

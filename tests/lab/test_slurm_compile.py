@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 from envbuilder.errors import EnvbuilderError
 from envbuilder.paths import Root
-from envbuilder.slurm.site import load_site
+from envbuilder.site import load_site
 from envbuilder.slurm.submit import submit
 site = load_site(sys.argv[1])
 spec = site.build.model_copy(update=json.loads(sys.argv[2]))

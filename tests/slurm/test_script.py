@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from envbuilder.site import Site
 from envbuilder.slurm.script import Job, render_script
-from envbuilder.slurm.site import Site
 
 SECTION = {"partition": "gpu", "walltime": "00:30:00", "cpus": 8, "memory": "64G"}
 SHOW = "import json, os, sys; print(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]))"

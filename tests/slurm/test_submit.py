@@ -11,8 +11,8 @@ import pytest
 from envbuilder.errors import MismatchError, SlurmError, UsageError
 from envbuilder.paths import Root
 from envbuilder.report import Quiet
+from envbuilder.site import Site, load_site
 from envbuilder.slurm.preflight import wait_for_qos
-from envbuilder.slurm.site import Site, load_site
 from envbuilder.slurm.submit import Submitted, Wishes, submit, submit_compile, submit_probe
 
 AGAIN = "envbuilder compile r.toml --sbatch --site mine"

@@ -8,8 +8,8 @@ import pytest
 
 from envbuilder.errors import EnvbuilderError
 from envbuilder.slurm.joblog import LogEnd, parse_log_end
-from envbuilder.slurm.queries import JobView
 from envbuilder.slurm.verdict import ENDED, VERDICTS, verdict
+from envbuilder.slurm_queries import JobView
 
 LOG = Path("/logs/compile-x-5.log")
 AGAIN = "envbuilder compile r.toml --sbatch --site mine"

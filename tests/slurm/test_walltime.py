@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from envbuilder.slurm.walltime import Walltime, choose_walltime, seconds_of, slurm_time, spoken, warning_s
+from envbuilder.slurm.walltime import Walltime, choose_walltime, warning_s
+from envbuilder.slurm_time import seconds_of, slurm_time, spoken
 
 
 @pytest.mark.parametrize(

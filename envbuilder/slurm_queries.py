@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from envbuilder.errors import MismatchError
 from envbuilder.process import run
-from envbuilder.slurm.walltime import seconds_of
+from envbuilder.slurm_time import seconds_of
 
 _TIMEOUT_S = 60.0
 """A controller that is busy answers late; one that is down makes the commands give up by themselves."""

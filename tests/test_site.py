@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from envbuilder.errors import InputError
-from envbuilder.slurm.site import load_site
+from envbuilder.site import load_site
 
-REPOSITORY = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).parent.parent
 SECTION = 'partition = "gpu"\nwalltime = "01:00:00"\ncpus = 8\nmemory = "64G"\n'
 SITE = f'name = "mine"\n[build]\n{SECTION}[train]\n{SECTION}'
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envbuilder.compile.wheels.shared_object import SharedObject, SharedObjectError
+from envbuilder.shared_object import SharedObject, SharedObjectError
 
 _LOADER_CACHE = Path("/etc/ld.so.cache")
 _CACHE_MAGIC = b"glibc-ld.so.cache1.1"

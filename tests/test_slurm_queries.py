@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.slurm.queries import JobView, cancelled_by, job_lives, job_view, parse_job
+from envbuilder.slurm_queries import JobView, cancelled_by, job_lives, job_view, parse_job
 
 SHOWN = (
     "JobId=5 JobName=envbuilder-x UserId=ada(1000) GroupId=ada(1000) MCS_label=N/A Priority=4294901757 "

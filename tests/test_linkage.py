@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from envbuilder.compile.wheels import linkage
-from envbuilder.compile.wheels.linkage import Linkage, check_linkage, read_loader_cache
-from envbuilder.compile.wheels.shared_object import SharedObject, SharedObjectError, gnu_hash, sysv_hash
+from envbuilder import linkage
+from envbuilder.linkage import Linkage, check_linkage, read_loader_cache
+from envbuilder.shared_object import SharedObject, SharedObjectError, gnu_hash, sysv_hash
 from tests.conftest import Quickstart
 
 
