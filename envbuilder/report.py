@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-Unit = Literal["bytes", "files", "units", "steps"]
+Unit = Literal["bytes", "files", "units", "steps", "checks"]
 
 
 class Reporter(Protocol):

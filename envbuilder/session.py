@@ -6,14 +6,14 @@ Between the cli and the stages: it knows which noun feeds which stage, and neith
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envbuilder.atomic import write_atomically
 from envbuilder.bundle import open_bundle
-from envbuilder.errors import InputError, MismatchError
+from envbuilder.errors import EnvbuilderError, InputError, MismatchError
 from envbuilder.fetch import FetchReport, Origins, fetch_bundle
 from envbuilder.index import open_client, open_indexes
 from envbuilder.interpreter import find_interpreter, inspect_interpreter
@@ -30,7 +30,9 @@ from envbuilder.target import python_versions, target_for
 # A command imports the stage that it runs and no other: half of a second run's time is imports.
 if TYPE_CHECKING:
     from envbuilder.compile.pipeline import CompileReport
+    from envbuilder.doctor.check import Check
     from envbuilder.install import InstallReport
+    from envbuilder.site import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +188,26 @@ class Session:
             reinstall=reinstall,
         )
 
-    def doctor(self, only: frozenset[str] = frozenset()) -> tuple[Finding, ...]:
-        """Runs the checks on this recipe's bundle and env."""
-        from envbuilder.doctor import run_checks
+    def known_lock(self) -> SourceLock | None:
+        """The lock of the bundle, else the recipe's; None where neither can be read: doctor says why."""
+        with suppress(EnvbuilderError):
+            return open_bundle(self.root, self.recipe.name).lock
+        with suppress(EnvbuilderError):
+            return read_lock(self.lock_path)
+        return None
 
-        return run_checks(
-            self.recipe, root=self.root, lock=self.bundle().lock, only=only, reporter=self.reporter
-        )
+    def doctor(
+        self,
+        checks: tuple[Check, ...] | None = None,
+        *,
+        site: Site | None = None,
+        config: Path | None = None,
+    ) -> tuple[Finding, ...]:
+        """Runs `checks` (without: all that need not be asked for) on what was made of this recipe."""
+        from envbuilder.doctor import Subject, run_checks
+
+        subject = Subject(self.recipe, self.root, self.known_lock(), site=site, config=config)
+        return run_checks(subject, self.reporter, checks)
 
     @property
     def _index_names(self) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.doctor import run_checks
+from envbuilder.doctor import Subject, choose_checks, run_checks
 from envbuilder.errors import MismatchError
 from envbuilder.install import install_env
 from envbuilder.lock import SourceLock, parse_lock
@@ -36,9 +36,7 @@ def lock(recipe: Recipe) -> SourceLock:
 
 
 def finding(check: str, tmp_path: Path, recipe: Recipe) -> Finding:
-    (found,) = run_checks(
-        RECIPE, root=Root(tmp_path), lock=lock(recipe), only=frozenset([check]), reporter=Quiet()
-    )
+    (found,) = run_checks(Subject(RECIPE, Root(tmp_path), lock(recipe)), Quiet(), choose_checks([check]))
     return found
 
 
@@ -79,7 +77,5 @@ def test_install_and_doctor_hold_what_the_machine_provides_against_the_lock(tmp_
     bundle = make_bundle(root, narrowed, {make_wheel(tmp_path, "tiny", "1.0"): ["runtime"]}, python=MINOR)
     with pytest.raises(MismatchError, match=r"what the lock tiny takes .* torch is 2\.12\.0, not ==2\.11\.0"):
         install_env(recipe, bundle, root=root, python=python, reporter=Quiet())
-    (found,) = run_checks(
-        recipe, root=root, lock=bundle.lock, only=frozenset(["toolchain.cuda"]), reporter=Quiet()
-    )
+    (found,) = run_checks(Subject(recipe, root, bundle.lock), Quiet(), choose_checks(["toolchain.cuda"]))
     assert (found.verdict, "not ==2.11.0" in found.summary) == ("failed", True)

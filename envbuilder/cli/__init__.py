@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from envbuilder import display
-from envbuilder.cli import building, bundle, locking, probing, status, training
+from envbuilder.cli import building, bundle, doctoring, locking, probing, status, training
 from envbuilder.cli.app import app
 from envbuilder.errors import EnvbuilderError
 
-__all__ = ["building", "bundle", "locking", "main", "probing", "status", "training"]
+__all__ = ["building", "bundle", "doctoring", "locking", "main", "probing", "status", "training"]
 
 _FLAGS = frozenset({"--json", "--quiet", "-q", "--verbose", "-v"})
 

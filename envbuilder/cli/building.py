@@ -1,4 +1,4 @@
-"""`compile`, `install` and `doctor`: the compute node's half."""
+"""`compile` and `install`: the compute node's half."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from envbuilder import display, summary
+from envbuilder import summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, SiteName, app
-from envbuilder.errors import DoctorError, StoppedError, UsageError
-from envbuilder.model import Finding
+from envbuilder.errors import StoppedError, UsageError
 from envbuilder.progress_file import job_progress
 from envbuilder.session import Session
 
@@ -140,41 +139,3 @@ def install(
         {"env": report.path, "packages": len(report.receipt.packages), "seconds": report.seconds},
         f"{report.path}: {summary.installed(report)}",
     )
-
-
-@app.command()
-def doctor(
-    context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run this check alone (may be repeated).")] = None,
-    list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
-    log: Annotated[Path | None, typer.Option(help="Explain a failed build's or job's log.")] = None,
-) -> None:
-    """Say what is wrong, prove it, and give the command that mends it."""
-    from envbuilder.doctor import CHECKS, explain_log, run_checks
-
-    opts: Options = context.obj
-    if list_checks:
-        opts.result(
-            {"checks": [{"id": c.id, "title": c.title, "looks_at": c.looks_at} for c in CHECKS]},
-            lambda console: display.print_summary(console, "checks", [(c.id, c.looks_at) for c in CHECKS]),
-        )
-        return
-    if log is not None:
-        findings = explain_log(log)
-    elif recipe is not None:
-        findings = opts.session(recipe).doctor(frozenset(only or ()))
-    else:
-        findings = run_checks(
-            None, root=opts.root, lock=None, only=frozenset(only or ()), reporter=opts.reporter
-        )
-    opts.result(
-        {"findings": [finding.model_dump(mode="json") for finding in findings]},
-        lambda console: display.print_findings(console, findings, verbose=opts.verbose),
-    )
-    if failed_of(findings):
-        raise typer.Exit(DoctorError.exit_code)
-
-
-def failed_of(findings: tuple[Finding, ...]) -> list[Finding]:
-    return [finding for finding in findings if finding.verdict == "failed"]

@@ -10,7 +10,7 @@ import typer
 
 from envbuilder import display, summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, app
-from envbuilder.cli.building import failed_of
+from envbuilder.cli.doctoring import failed_of
 from envbuilder.errors import DoctorError
 
 

@@ -10,8 +10,12 @@ from envbuilder.doctor.subject import Subject
 from envbuilder.model import Finding
 from envbuilder.report import Reporter
 
-Need = Literal["recipe", "env", "gpu"]
-"""What a check can't do without: a recipe, an env that is installed, a GPU."""
+Need = Literal["recipe", "env", "bundle", "gpu", "gpus", "site", "config", "slurm"]
+"""What a check can't do without: a recipe, an env that is installed, a bundle that is fetched, a GPU, several
+GPUs, a site, a training config, Slurm's commands."""
+Cost = Literal["quick", "rehash", "gpu", "asked"]
+"""`quick`: seconds at most. `rehash`: reads all bytes. `gpu`: works on the GPU; one at a time, so that none
+disturbs another. `asked`: run only where it is asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,15 @@ class Check:
     title: str
     looks_at: str
     run: Callable[[Subject, Reporter], Outcome]
-    """May raise EnvbuilderError, which is a failure with that error's message and remedy."""
+    """May raise EnvbuilderError, which is a failure with that error's message and remedy. Called in a thread
+    of its own, beside other checks."""
     needs: tuple[Need, ...] = ()
     """Where one of these is missing, the check is skipped, with the reason."""
+    cost: Cost = "quick"
+    limit_s: float = 30
+    """Seconds after which it is given up: a disk or a server that never answers must not hold up the rest."""
+
+    @property
+    def theme(self) -> str:
+        """What comes before the dot."""
+        return self.id.partition(".")[0]

@@ -1,67 +1,183 @@
-"""Runs the checks, each on its own: one that fails doesn't keep the others from being run."""
+"""Runs the checks side by side, each on its own: one that fails or hangs keeps no other from being run."""
 
 from __future__ import annotations
 
-from envbuilder.doctor.check import Check, Outcome, skipped
-from envbuilder.doctor.checks import binaries, env, gpu, platform, storage, toolchain
+import threading
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+
+from envbuilder.doctor.check import Check, Outcome, failed, skipped
+from envbuilder.doctor.checks import (
+    binaries,
+    bundle,
+    data,
+    distributed,
+    env,
+    filesystem,
+    gpu,
+    kernels,
+    libraries,
+    limits,
+    model,
+    platform,
+    rates,
+    slurm,
+    storage,
+    toolchain,
+    variables,
+)
 from envbuilder.doctor.subject import Subject
 from envbuilder.errors import EnvbuilderError, UsageError
-from envbuilder.lock import SourceLock
 from envbuilder.model import Finding
-from envbuilder.paths import Root
-from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 
 CHECKS: tuple[Check, ...] = (
     *platform.CHECKS,
+    *limits.CHECKS,
     *storage.CHECKS,
+    *filesystem.CHECKS,
     *toolchain.CHECKS,
+    *variables.CHECKS,
+    *bundle.CHECKS,
     *env.CHECKS,
+    *libraries.CHECKS,
     *binaries.CHECKS,
     *gpu.CHECKS,
+    *kernels.CHECKS,
+    *rates.CHECKS,
+    *distributed.CHECKS,
+    *slurm.CHECKS,
+    *model.CHECKS,
+    *data.CHECKS,
 )
+_SIDE_BY_SIDE = 8
+"""Quick checks that run at once: most of them wait for a program or a disk."""
+_SLOW_START_S = 2.0
+"""A check that takes longer is named as under way."""
 
 
-def run_checks(
-    recipe: Recipe | None,
-    *,
-    root: Root,
-    lock: SourceLock | None,
-    only: frozenset[str] = frozenset(),
-    reporter: Reporter,
-) -> tuple[Finding, ...]:
-    """One finding for each check, in the order of CHECKS; `only` these ids, where any are given.
+def choose_checks(
+    only: Iterable[str] = (), *, quick: bool = False, asked: Iterable[str] = ()
+) -> tuple[Check, ...]:
+    """The checks to run, in the order of CHECKS.
 
-    Raises UsageError for an id that no check has.
+    `only` these, by id or theme, where any are given; where `quick`, without those that work on the GPU or
+    hash all files; and those in `asked` that are run only where they are asked for. Raises UsageError for
+    a name that is neither an id nor a theme.
     """
-    if unknown := only - {check.id for check in CHECKS}:
+    named, wanted = frozenset(only), frozenset(asked)
+    there = {check.id for check in CHECKS} | {check.theme for check in CHECKS}
+    if unknown := (named | wanted) - there:
         raise UsageError(
             f"There is no check {', '.join(sorted(unknown))}.",
             remedy="envbuilder doctor --list",
             context={"got": ", ".join(sorted(unknown))},
         )
-    subject = Subject(recipe, root, lock)
-    chosen = [check for check in CHECKS if not only or check.id in only]
-    return tuple(_run(check, subject, reporter) for check in chosen)
+
+    def is_chosen(check: Check) -> bool:
+        if check.id in named | wanted:
+            return True
+        if check.cost == "asked" or (quick and check.cost != "quick"):
+            return False
+        return not named or check.theme in named
+
+    return tuple(filter(is_chosen, CHECKS))
 
 
-def _run(check: Check, subject: Subject, reporter: Reporter) -> Finding:
+def run_checks(
+    subject: Subject, reporter: Reporter, checks: tuple[Check, ...] | None = None
+) -> tuple[Finding, ...]:
+    """One finding for each of `checks` (without: all that need not be asked for), in their order."""
+    chosen = choose_checks() if checks is None else checks
+    ended: SimpleQueue[Finding] = SimpleQueue()
+    lanes: dict[str, SimpleQueue[Check]] = {}
+    for check in chosen:
+        lanes.setdefault("quick" if check.cost == "asked" else check.cost, SimpleQueue()).put(check)
+    for cost, lane in lanes.items():
+        for _ in range(_SIDE_BY_SIDE if cost == "quick" else 1):
+            # Daemons: what never answers must not keep the command from ending.
+            threading.Thread(target=_work_through, args=(lane, ended, subject, reporter), daemon=True).start()
+    reporter.stage(f"checking {len(chosen)} things")
+    findings: dict[str, Finding] = {}
+    for count in range(1, len(chosen) + 1):
+        finding = ended.get()
+        findings[finding.check] = finding
+        reporter.progress("checks", count, len(chosen), "checks")
+    return tuple(findings[check.id] for check in chosen)
+
+
+def _work_through(
+    lane: SimpleQueue[Check], ended: SimpleQueue[Finding], subject: Subject, reporter: Reporter
+) -> None:
+    with suppress(Empty):
+        while True:
+            check = lane.get_nowait()
+            ended.put(_run_within_limit(check, subject, reporter).finding(check.id))
+
+
+def _run_within_limit(check: Check, subject: Subject, reporter: Reporter) -> Outcome:
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(
+        target=lambda: outcomes.append(_run(check, subject, reporter)), name=check.id, daemon=True
+    )
+    thread.start()
+    thread.join(min(_SLOW_START_S, check.limit_s))
+    if thread.is_alive():
+        reporter.note(f"checking {check.title}")
+        thread.join(max(0.0, check.limit_s - _SLOW_START_S))
+    if outcomes:
+        return outcomes[0]
+    return failed(
+        f"Looking at {check.title} gave no answer within {check.limit_s:.0f} s.",
+        remedy=f"See whether it hangs by itself: envbuilder doctor {subject.recipe_file} --only {check.id}; "
+        "a disk or a server that doesn't answer is for the administrators",
+    )
+
+
+def _run(check: Check, subject: Subject, reporter: Reporter) -> Outcome:
     try:
-        outcome = _unmet(check, subject)
-        if outcome is None:
-            reporter.stage(f"checking {check.title}")
-            outcome = check.run(subject, reporter)
+        return _unmet(check, subject) or check.run(subject, reporter)
     except EnvbuilderError as error:
         evidence = tuple(f"{key}: {value}" for key, value in error.context.items())
-        outcome = Outcome("failed", error.message, evidence, error.remedy)
-    return outcome.finding(check.id)
+        return Outcome("failed", error.message, evidence, error.remedy)
+    except Exception as error:  # a defect in one check must not lose what the others found
+        return failed(
+            f"The check itself broke off: {type(error).__name__}: {error}",
+            *traceback.format_exc().strip().splitlines()[-6:],
+            remedy=f"Report it with: envbuilder doctor {subject.recipe_file} --only {check.id} "
+            "--report doctor.html",
+        )
 
 
 def _unmet(check: Check, subject: Subject) -> Outcome | None:
-    if "recipe" in check.needs and subject.recipe is None:
-        return skipped("No recipe was given.")
-    if "env" in check.needs and subject.env is None:
-        return skipped(f"Nothing is installed yet: envbuilder install {subject.recipe_file}")
-    if "gpu" in check.needs and not subject.gpus.devices:
-        return skipped(subject.gpus.absence)
+    for need in check.needs:
+        if reason := _reason_without(need, subject):
+            return skipped(reason)
     return None
+
+
+def _reason_without(need: str, subject: Subject) -> str | None:
+    """Why the checks that need this are skipped; None where it is there."""
+    match need:
+        case "recipe":
+            return None if subject.recipe else "No recipe was given."
+        case "env":
+            there = subject.env is not None
+            return None if there else f"Nothing is installed yet: envbuilder install {subject.recipe_file}"
+        case "bundle":
+            there = subject.has_bundle
+            return None if there else f"Nothing is fetched yet: envbuilder fetch {subject.recipe_file}"
+        case "gpu":
+            return None if subject.gpus.devices else subject.gpus.absence
+        case "gpus":
+            count = len(subject.gpus.devices)
+            return None if count > 1 else "There is one GPU here." if count else subject.gpus.absence
+        case "site":
+            return None if subject.site else "No site was given (--site NAME)."
+        case "config":
+            return None if subject.config else "No training config was given (--config FILE)."
+        case "slurm":
+            return None if subject.has_slurm else "Slurm's commands are not on this machine."
+    raise AssertionError(need)

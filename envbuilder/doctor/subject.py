@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
+from envbuilder.bundle import open_bundle
+from envbuilder.doctor.once import once
 from envbuilder.gpu import Gpus, read_gpus
 from envbuilder.interpreter import Interpreter, inspect_interpreter
 from envbuilder.lock import SourceLock
-from envbuilder.model import EnvReceipt, read_record
+from envbuilder.model import Bundle, EnvReceipt, read_record
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
+from envbuilder.site import Site
 
 RECEIPT = "envbuilder.json"
 
@@ -24,6 +27,9 @@ class Subject:
     recipe: Recipe | None
     root: Root
     lock: SourceLock | None
+    site: Site | None = None
+    config: Path | None = None
+    """A training config."""
 
     @property
     def recipe_file(self) -> str:
@@ -37,21 +43,43 @@ class Subject:
         return folder if folder is not None and folder.is_dir() else None
 
     @property
+    def has_bundle(self) -> bool:
+        """Whether `fetch` has made a folder for the bundle."""
+        return self.recipe is not None and self.root.bundle(self.recipe.name).is_dir()
+
+    @property
+    def has_slurm(self) -> bool:
+        """Whether Slurm's commands are on this machine."""
+        return all(shutil.which(command) for command in ("sbatch", "squeue", "scontrol"))
+
+    @property
     def remake_env(self) -> str:
         """The command that makes the env anew: without the flag, one whose receipt is right is left alone."""
         return f"envbuilder install {self.recipe_file} --reinstall"
+
+    @property
+    def rebuild(self) -> str:
+        """The command that compiles all anew and installs it."""
+        recipe = self.recipe_file
+        return f"envbuilder compile {recipe} --local --rebuild && envbuilder install {recipe}"
 
     @property
     def python(self) -> Path:
         """The env's interpreter; before there is one, the interpreter that runs this."""
         return self.env / "bin" / "python" if self.env else Path(sys.executable)
 
-    @cached_property
+    @once
     def interpreter(self) -> Interpreter:
         """`python`, looked into; MismatchError where it doesn't run."""
         return inspect_interpreter(self.python)
 
-    @cached_property
+    @once
+    def bundle(self) -> Bundle:
+        """The bundle; a typed error where it is damaged or incomplete."""
+        assert self.recipe is not None, "checks that read the bundle need a recipe"
+        return open_bundle(self.root, self.recipe.name)
+
+    @once
     def receipt(self) -> EnvReceipt:
         """The env's receipt; IntegrityError where it is missing or damaged."""
         assert self.env is not None, "checks that read the receipt need an env"
@@ -68,7 +96,7 @@ class Subject:
         provided = self.receipt.provided.site_packages if self.env and self.receipt.provided else ()
         return (*self.site_packages, *map(Path, provided))
 
-    @cached_property
+    @once
     def gpus(self) -> Gpus:
         """The GPUs of this machine, as nvidia-smi tells."""
         return read_gpus()

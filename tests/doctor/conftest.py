@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from envbuilder.bundle import hash_file
-from envbuilder.doctor import run_checks
+from envbuilder.doctor import Subject, choose_checks, run_checks
 from envbuilder.envlock import ENV_LOCK, WheelFile, env_lock_text
 from envbuilder.interpreter import inspect_interpreter
 from envbuilder.lock import SourceLock, parse_lock
@@ -19,6 +19,7 @@ from envbuilder.model import EnvReceipt, Extension, Finding, InstalledPackage, P
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
 from envbuilder.report import Quiet
+from envbuilder.site import Site
 from envbuilder.venv import install_wheels, make_venv
 from tests.lab.packages import make_wheel
 
@@ -93,11 +94,19 @@ class TinyEnv:
 
 
 def run_one(
-    check: str, *, root: Root, recipe: Recipe | None = None, lock: SourceLock | None = None
+    check: str,
+    *,
+    root: Root,
+    recipe: Recipe | None = None,
+    lock: SourceLock | None = None,
+    site: Site | None = None,
+    config: Path | None = None,
 ) -> Finding:
-    """The finding of one check; a failure that doesn't say what to type fails the test."""
-    (finding,) = run_checks(recipe, root=root, lock=lock, only=frozenset({check}), reporter=Quiet())
+    """The finding of one check. A failure that doesn't say what to type fails the test; so does a defect."""
+    subject = Subject(recipe, root, lock, site=site, config=config)
+    (finding,) = run_checks(subject, Quiet(), choose_checks({check}))
     assert finding.check == check
+    assert not finding.summary.startswith("The check itself broke off"), finding.evidence
     assert finding.summary
     assert finding.remedy or finding.verdict in ("ok", "skipped")
     return finding

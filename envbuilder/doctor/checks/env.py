@@ -196,6 +196,8 @@ CHECKS = (
         "the sha256 of every installed file against its RECORD",
         check_records,
         needs=("recipe", "env"),
+        cost="rehash",
+        limit_s=1800,
     ),
     Check(
         "env.imports",
@@ -203,5 +205,6 @@ CHECKS = (
         "whether the env's interpreter imports every extension module that the recipe names",
         check_imports,
         needs=("recipe", "env"),
+        limit_s=IMPORT_TIMEOUT_S + 10,
     ),
 )

@@ -197,5 +197,7 @@ CHECKS = (
         "causal-conv1d and mamba-ssm, forward and backward, against a float64 reference",
         check_kernels,
         needs=("recipe", "env", "gpu"),
+        cost="gpu",
+        limit_s=KERNEL_TIMEOUT_S + 10,
     ),
 )

@@ -90,6 +90,7 @@ CHECKS = (
         "the C++ compiler",
         "whether the C++ compiler ($CXX, else g++, c++ or clang++) compiles and links a small program",
         check_compiler,
+        limit_s=_COMPILE_TIMEOUT_S + 10,
     ),
     Check(
         "toolchain.cuda",

@@ -1,0 +1,81 @@
+"""`doctor`: the checks, and the log of what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from envbuilder import display
+from envbuilder.cli.app import Options, SiteName, app
+from envbuilder.errors import DoctorError
+from envbuilder.model import Finding
+from envbuilder.site import load_site
+
+_TOOLCHAIN = "toolchain.extension"
+"""The check that --toolchain asks for."""
+
+
+@app.command()
+def doctor(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run this check alone, or those of this theme (may be repeated)."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out what works on the GPU or hashes all files.")
+    ] = False,
+    toolchain: Annotated[
+        bool, typer.Option("--toolchain", help="Compile and link a small extension too, before a long build.")
+    ] = False,
+    site: SiteName = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A training config: check its model, data and memory too.")
+    ] = None,
+    list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
+    log: Annotated[
+        str | None, typer.Option(help="Explain a failed build's or job's log (- for standard input).")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write one HTML file for the help desk, without names and secrets.")
+    ] = None,
+) -> None:
+    """Say what is wrong, prove it, and give the command that mends it."""
+    from envbuilder.doctor import CHECKS, Subject, choose_checks, explain_log, run_checks
+
+    opts: Options = context.obj
+    if list_checks:
+        opts.result(
+            {
+                "checks": [
+                    {"id": c.id, "title": c.title, "looks_at": c.looks_at, "needs": c.needs, "cost": c.cost}
+                    for c in CHECKS
+                ]
+            },
+            lambda console: display.print_summary(console, "checks", [(c.id, c.looks_at) for c in CHECKS]),
+        )
+        return
+    if log is not None:
+        findings = explain_log(Path(log))
+    else:
+        checks = choose_checks(only or (), quick=quick, asked=[_TOOLCHAIN] if toolchain else ())
+        described = load_site(site) if site else None
+        if recipe is not None:
+            findings = opts.session(recipe).doctor(checks, site=described, config=config)
+        else:
+            subject = Subject(None, opts.root, None, site=described, config=config)
+            findings = run_checks(subject, opts.reporter, checks)
+    opts.result(
+        {"findings": [finding.model_dump(mode="json") for finding in findings]},
+        lambda console: display.print_findings(console, findings, verbose=opts.verbose),
+    )
+    if failed_of(findings):
+        raise typer.Exit(DoctorError.exit_code)
+
+
+def failed_of(findings: tuple[Finding, ...]) -> list[Finding]:
+    """Those of `findings` that failed."""
+    return [finding for finding in findings if finding.verdict == "failed"]
