@@ -278,6 +278,9 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
         nvcc = str(inside / "bin" / "nvcc")
         variables |= {"CUDA_HOME": str(inside), "PYTORCH_NVCC": nvcc, "CUDACXX": nvcc} | recorded
         variables["PATH"] = f"{inside / 'bin'}{os.pathsep}{variables['PATH']}"
+        # As a cluster's module does: a setup.py that calls nvcc itself often links with -lcudart and no -L.
+        folders = [str(inside / "lib64"), variables.get("LIBRARY_PATH")]
+        variables["LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
     return BuildRoom(folder, sandbox, str(venv / "bin/python"), variables, recorded, socket)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -17,6 +17,7 @@ from envbuilder.compile.units.broker import (
     Verdict,
     time_left,
 )
+from envbuilder.compile.units.lookahead import SPLIT_CPUS
 from envbuilder.compile.units.records import Estimate, UnitId
 
 GB = 1_000_000_000
@@ -404,6 +405,17 @@ def test_time_left_knows_of_memory() -> None:
     assert time_left([], [Estimate(5, 99 * GB, True)] * 2, cpus=3, memory=GB) == 10
 
 
+def test_split_units_leave_the_cpus_that_they_keep_idle_to_others() -> None:
+    broker = Broker(cpus=5, memory=100 * GB, gather_s=0)
+    long = Estimate(400, GB, True)
+    with ExitStack() as stack:
+        slots = [
+            stack.enter_context(broker.slot(UnitId("p", name), long, splittable=True)) for name in ("a", "b")
+        ]
+        assert [slot.threads for slot in slots] == [4, 4]
+        assert [slot.cpus for slot in slots] == [2.5, 2.5]
+
+
 def test_many_threads_never_exceed_cpus_or_memory() -> None:
     broker = Broker(cpus=3, memory=10 * GB, gather_s=0)
     faults: list[str] = []
@@ -413,7 +425,7 @@ def test_many_threads_never_exceed_cpus_or_memory() -> None:
             estimate = Estimate(60 + number * turn % 7, (1 + (number + turn) % 5) * GB, True)
             with broker.slot(UnitId("fused", f"{number}.{turn}"), estimate, splittable=True):
                 now = broker.snapshot()
-                if sum(unit.threads for unit in now.running) > 3:
+                if sum(SPLIT_CPUS[unit.threads] for unit in now.running) > 3:
                     faults.append("CPUs")
                 if sum(unit.memory for unit in now.running) > 10 * GB:
                     faults.append("memory")

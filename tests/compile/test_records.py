@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.compile.units.records import Estimate, Records, UnitId
+from envbuilder.compile.units.records import Estimate, Records, UnitId, weight_of
 
 GB = 1_000_000_000
 UNIT = UnitId("fused", "csrc/kernel.cu", "", ("sm_90",), "nvcc 13.0")
@@ -108,6 +108,13 @@ def test_known_units_are_in_a_table() -> None:
     assert estimate("flash-attn", f"{kernels}flash_fwd_hdim64_fp16_causal_sm80.cu", "sm_90").seconds == 190
     assert estimate("flash-attn", f"{kernels}flash_bwd_hdim96_bf16_sm80.cu", "sm_90").memory > 6 * GB
     assert not estimate("other", backward, "sm_90").known
+
+
+def test_the_table_knows_which_instantiations_of_a_unit_are_the_long_ones() -> None:
+    unit = UnitId("causal-conv1d", "csrc/causal_conv1d_bwd.cu")
+    heavy = weight_of(unit, "template void causal_conv1d_channellast_bwd_cuda < float , float > ( ) ;")
+    assert heavy > weight_of(unit, "template void causal_conv1d_bwd_cuda < float , float > ( ) ;") == 1
+    assert weight_of(UnitId("causal-conv1d", "csrc/other.cu"), "template void channellast ( ) ;") == 1
 
 
 def test_a_record_of_this_machine_comes_before_the_table(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_instantiations_are_dealt_out_in_turn_to_at_most_as_many_shards_as_allow
     assert len(divided(text, most=100).texts) == 5
 
 
+def test_heavy_instantiations_get_shards_of_their_own_and_light_ones_share_one() -> None:
+    text = TEMPLATE + "".join(f"template void f<T{number}>(T{number} *);\n" for number in range(6))
+    made = plan_shards(
+        UNIT,
+        read=lambda _: text,
+        include_folders=[],
+        own=lambda _: True,
+        most=3,
+        weight=lambda instantiation: 4.0 if "T1" in instantiation or "T4" in instantiation else 1.0,
+    )
+    assert isinstance(made, ShardPlan)
+    assert [[name.split()[4] for name in names] for names in made.instantiations] == [
+        ["T1"],
+        ["T4"],
+        ["T0", "T2", "T3", "T5"],
+    ]
+
+
 def test_classes_kernels_and_functions_in_namespaces_are_instantiated_too() -> None:
     text = """
     namespace x::y {

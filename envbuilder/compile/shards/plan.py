@@ -112,13 +112,14 @@ def plan_shards(
     own: Callable[[Path], bool],
     defines: Sequence[str] = (),
     most: int,
+    weight: Callable[[str], float] = lambda _: 1.0,
     force: bool = False,
 ) -> ShardPlan | Whole:
-    """How to divide the unit `source` into at most `most` shards, or why not to.
+    """How to divide the unit `source` into at most `most` shards of about the same length, or why not to.
 
     `read` gives a file's text, or None where there is none. `own` says whether a header belongs to the
     package: others are made to be included in many units, and trusted. `defines` are the command line's
-    ("NAME=VALUE").
+    ("NAME=VALUE"). `weight` says how long an instantiation takes beside the others.
     `force` trusts the file and its headers too, and divides wherever the instantiations can be found.
     """
     text = read(source)
@@ -138,11 +139,22 @@ def plan_shards(
     for index, each in enumerate(found):
         if each.text in [earlier.text for earlier in found[:index]]:
             return Whole("an instantiation is written twice", str(source), each.line)
-    shards = [found[first :: min(len(found), most)] for first in range(min(len(found), most))]
+    shards = _share_out(found, [weight(each.text) for each in found], min(len(found), most))
     return ShardPlan(
         tuple(_shard_text(source, text, [each for each in found if each not in kept]) for kept in shards),
         tuple(tuple(each.text for each in kept) for kept in shards),
     )
+
+
+def _share_out(
+    found: Sequence[Instantiation], weights: Sequence[float], count: int
+) -> list[tuple[Instantiation, ...]]:
+    """`found` in `count` shards: the heaviest first, each to the lightest shard; in a shard, in their order."""
+    shards: list[list[int]] = [[] for _ in range(count)]
+    for index in sorted(range(len(found)), key=lambda index: -weights[index]):
+        lightest = min(shards, key=lambda shard: (sum(weights[each] for each in shard), len(shard)))
+        lightest.append(index)
+    return [tuple(found[index] for index in sorted(shard)) for shard in shards]
 
 
 def _forced(source: Path, text: str) -> tuple[Instantiation, ...]:

@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from envbuilder.compile.units.lookahead import SPLIT_SECONDS, Share, play, share_of, split_memory
+from envbuilder.compile.units.lookahead import (
+    SPLIT_CPUS,
+    SPLIT_SECONDS,
+    Share,
+    play,
+    share_of,
+    split_memory,
+)
 from envbuilder.compile.units.records import Estimate, UnitId
 from envbuilder.errors import StoppedError
 
@@ -120,7 +127,9 @@ class Slot:
     def __init__(self, unit: UnitId, *, seconds: float, threads: int, memory: int, began: float) -> None:
         self.unit = unit
         self.threads = threads
-        """CPUs that it may use."""
+        """CPUs that it may use at once."""
+        self.cpus = SPLIT_CPUS[threads]
+        """CPUs that it keeps busy in the mean."""
         self.memory = memory
         """Bytes that are reserved for it."""
         self.began = began
@@ -349,10 +358,10 @@ class Broker:
         free, seconds = self._free(), request.estimate.seconds
         if not request.splittable or seconds < _WORTH_SPLITTING or free < 2:
             return 1
-        running = [Share(slot.seconds_left(now), slot.threads, slot.memory) for slot in self._running]
+        running = [Share(slot.seconds_left(now), slot.cpus, slot.memory) for slot in self._running]
         best, nearest = 1, math.inf
-        for threads in range(1, min(free, max(SPLIT_SECONDS)) + 1):
-            if not self._fits(split_memory(request.estimate.memory, threads)):
+        for threads, cpus in SPLIT_CPUS.items():
+            if cpus > free or not self._fits(split_memory(request.estimate.memory, threads)):
                 break
             waiting = [
                 share_of(one.estimate, threads)
@@ -367,12 +376,12 @@ class Broker:
 
     def _work(self, now: float) -> float:
         """CPU seconds that are left: of what runs and waits."""
-        running = sum(slot.seconds_left(now) * slot.threads for slot in self._running)
+        running = sum(slot.seconds_left(now) * slot.cpus for slot in self._running)
         waiting = sum(request.estimate.seconds for request in self._waiting)
         return running + waiting
 
-    def _free(self) -> int:
-        return self.cpus - sum(slot.threads for slot in self._running)
+    def _free(self) -> float:
+        return self.cpus - sum(slot.cpus for slot in self._running)
 
     def _fits(self, memory: int) -> bool:
         return not self._running or sum(slot.memory for slot in self._running) + memory <= self._memory
@@ -385,5 +394,5 @@ def time_left(
 
     `cpus` is at least 1, and `memory` in bytes. Everything that waits is taken to run on one CPU.
     """
-    shares = [Share(unit.seconds_left, unit.threads, unit.memory) for unit in running]
+    shares = [Share(unit.seconds_left, SPLIT_CPUS[unit.threads], unit.memory) for unit in running]
     return play(shares, [share_of(estimate) for estimate in waiting], cpus=cpus, memory=memory)

@@ -15,9 +15,9 @@ import threading
 import time
 import tomllib
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -102,6 +102,7 @@ class _KnownUnit:
     seconds: float
     memory: int
     seen: str
+    heavier: Mapping[str, float] = field(default_factory=dict)
 
 
 class Records:
@@ -153,7 +154,7 @@ class Records:
         """What `unit` will take: from its own records, else from those nearest to it, else guessed.
 
         `source_bytes` is the size of its source; `share` says of a shard how much of the whole unit's
-        instantiations it has, more than 0 and at most 1.
+        work it has, more than 0 and at most 1.
         """
         with self._lock:
             records = tuple(self._by_source.get((unit.package, unit.source), ()))
@@ -215,11 +216,31 @@ def _from_records(unit: UnitId, records: Sequence[_Record]) -> Estimate | None:
     return None
 
 
+def weight_of(unit: UnitId, instantiation: str) -> float:
+    """How long `instantiation` of `unit` takes beside the unit's others, as far as known_units.toml tells.
+
+    Not from records: the shards of a unit must be the same in each build, or the cache would miss them.
+    """
+    entry = _known(unit)
+    found = entry.heavier.items() if entry else ()
+    return next((weight for pattern, weight in found if fnmatchcase(instantiation, pattern)), 1.0)
+
+
+def _known(unit: UnitId) -> _KnownUnit | None:
+    return next(
+        (
+            entry
+            for entry in _known_units()
+            if fnmatchcase(unit.package, entry.package) and fnmatchcase(unit.source, entry.source)
+        ),
+        None,
+    )
+
+
 def _from_table(unit: UnitId) -> Estimate | None:
-    for entry in _known_units():
-        if fnmatchcase(unit.package, entry.package) and fnmatchcase(unit.source, entry.source):
-            return Estimate(entry.seconds * _passes(unit), int(entry.memory * 1_000_000 * _SLACK), known=True)
-    return None
+    if (entry := _known(unit)) is None:
+        return None
+    return Estimate(entry.seconds * _passes(unit), int(entry.memory * 1_000_000 * _SLACK), known=True)
 
 
 def _guess(unit: UnitId, source_bytes: int) -> Estimate:

@@ -24,11 +24,11 @@ from envbuilder.compile.units.broker import Broker, Outcome, Verdict
 from envbuilder.compile.units.command_line import Unit
 from envbuilder.compile.units.driver_call import DriverCall, DriverError, Ran
 from envbuilder.compile.units.object_cache import CacheRequest, DepfileError, ObjectCache, parse_depfile
-from envbuilder.compile.units.records import Estimate, Records, UnitId
+from envbuilder.compile.units.records import Estimate, Records, UnitId, weight_of
 from envbuilder.compile.units.scope import Ledger, Scope
 from envbuilder.model import UnitTiming
 
-SHARD_SECONDS = 40.0
+SHARD_SECONDS = 30.0
 """A unit is cut into shards of about this length: each costs some seconds of reading headers again."""
 _WORTH_CUTTING = 90.0
 """Seconds. A shorter unit is seldom what a build waits for."""
@@ -115,7 +115,8 @@ class UnitCompiler:
         scope = self._scope
         if not unit.cuda or scope.sharding == "never" or text.count(b"template") < 2:
             return None
-        whole = self._records.estimate(self._id(call, unit, source), len(text))
+        named = self._id(call, unit, source)
+        whole = self._records.estimate(named, len(text))
         most = int(min(whole.seconds / SHARD_SECONDS, 2 * self._broker.cpus))
         if (most < 2 or whole.seconds < _WORTH_CUTTING) and scope.sharding != "force":
             return None
@@ -129,6 +130,7 @@ class UnitCompiler:
             own=lambda path: path.is_relative_to(scope.tree),
             defines=unit.defines,
             most=max(2, most),
+            weight=lambda instantiation: weight_of(named, instantiation),
             force=scope.sharding == "force",
         )
         if isinstance(plan, Whole) and "one instantiation" not in plan.reason:
@@ -139,7 +141,8 @@ class UnitCompiler:
     def _compile_shards(self, call: DriverCall, unit: Unit, source: str, plan: ShardPlan) -> int | None:
         """The exit status, or None where the objects show that the unit must be compiled whole."""
         stem = posixpath.splitext(source)[0]
-        count = sum(map(len, plan.instantiations))
+        named = self._id(call, unit, source)
+        weights = [sum(weight_of(named, each) for each in some) for some in plan.instantiations]
         pieces = []
         for number, (shard, instantiations) in enumerate(zip(plan.texts, plan.instantiations, strict=True)):
             pieces.append(
@@ -151,7 +154,7 @@ class UnitCompiler:
                     f"{unit.output}.shard{number:02}.o",
                     whole=source,
                     instantiations=instantiations,
-                    share=len(instantiations) / count,
+                    share=weights[number] / sum(weights),
                 )
             )
         temporary = [path for piece in pieces for path in (piece.source, piece.output, piece.depfile)]
