@@ -149,7 +149,7 @@ def plan_shards(
 def _share_out(
     found: Sequence[Instantiation], weights: Sequence[float], count: int
 ) -> list[tuple[Instantiation, ...]]:
-    """`found` in `count` shards: the heaviest first, each to the lightest shard; in a shard, in their order."""
+    """`found` in `count` shards: the heaviest first, each to the lightest shard; in each, as in the text."""
     shards: list[list[int]] = [[] for _ in range(count)]
     for index in sorted(range(len(found)), key=lambda index: -weights[index]):
         lightest = min(shards, key=lambda shard: (sum(weights[each] for each in shard), len(shard)))
