@@ -49,6 +49,8 @@ _AT_ONCE = "256"
 _BYTECODE = "bytecode"
 """The folder with the bytecode of what builds import, also of a provided torch: a sealed build can't write it
 beside the sources, and compiling all of torch's takes longer than its import."""
+SETUPTOOLS_SETTINGS = "[bdist_wheel]\ncompression = stored\n"
+"""`rewrite_wheel` compresses what comes out: doing it twice costs seconds for each 100 MB."""
 _IMPORTED = (
     "torch.utils.cpp_extension",
     "setuptools.build_meta",
@@ -255,7 +257,10 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
         script = sandbox.inside(drivers / "driver.py")
         return [venv / "bin/python", "-I", "-S", script, sandbox.inside(socket), tool, real[tool]]
 
+    settings = folder / "setuptools.cfg"
+    settings.write_text(SETUPTOOLS_SETTINGS, encoding="utf-8")
     variables = _variables(folder, tools.venv, tools.provided, sandbox=sandbox) | recorded
+    variables["DIST_EXTRA_CONFIG"] = str(sandbox.inside(settings))
     if tools.bytecode.is_dir():
         variables["PYTHONPYCACHEPREFIX"] = str(sandbox.inside(tools.bytecode))
     for tool, name in (("c++", "CXX"), ("cc", "CC")):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from envbuilder.compile.build import Expected, check_wheel
+from envbuilder.compile.buildenv import SETUPTOOLS_SETTINGS
 from envbuilder.errors import BuildError
 from envbuilder.lock import LockedFile
 from envbuilder.model import Extension
@@ -101,3 +105,23 @@ def test_modules_are_found_by_every_form_of_file_name(tmp_path: Path) -> None:
 def test_a_wheel_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"it made kernels 1\.0\+cu130"):
         check(tmp_path, {FILE: code_for(tmp_path, 90)}, version="1.0+cu130")
+
+
+def test_setuptools_heeds_the_settings_that_leave_compressing_to_the_rewriting(tmp_path: Path) -> None:
+    setup = "from setuptools import setup\nsetup(name='tiny', py_modules=['tiny'])\n"
+    (tmp_path / "setup.py").write_text(setup)
+        "from setuptools import setup\nsetup(name='tiny', py_modules=['tiny'])\n"
+    )
+    (tmp_path / "tiny.py").write_text("x = 1\n" * 1000)
+    settings = tmp_path / "settings.cfg"
+    settings.write_text(SETUPTOOLS_SETTINGS, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-c", "import setuptools.build_meta as backend; backend.build_wheel('.')"],
+        cwd=tmp_path,
+        env={**os.environ, "DIST_EXTRA_CONFIG": str(settings)},
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("tiny-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}

@@ -1,4 +1,4 @@
-"""A CUDA sdist of our own, built for real: nvcc from packages, torch provided by the quickstart env."""
+"""CUDA sdists of our own, built for real: nvcc from packages, torch provided by the quickstart env."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from tests.lab.packages import make_sdist
 
 pytestmark = pytest.mark.needs_env
 
-SOURCE = Path(__file__).parent.parent / "packages" / "tiny-cuda"
+PACKAGES = Path(__file__).parent.parent / "packages"
 BUILD_WHEELS = ("nvidia_cuda_", "nvidia_nvvm", "ninja", "setuptools", "wheel", "packaging")
 NOT_NEEDED = ("nvidia_cuda_nvrtc", "nvidia_cuda_cupti")
 
 
-def recipe_for(capability: str, **environment: str) -> Recipe:
+def recipe_for(
+    capability: str, package: str = "tiny-cuda", module: str = "tiny_cuda_ext", **environment: str
+) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "tiny",
-            "requirements": ["tiny-cuda"],
+            "requirements": [package],
             "trainer": False,
             "cuda": {"compute-capabilities": [capability], "toolchain-requirements": ["cuda-toolkit"]},
-            "build": {"tiny-cuda": {"modules": ["tiny_cuda_ext"], "env": environment}},
+            "build": {package: {"modules": [module], "env": environment}},
             "provided": {"packages": ["torch==2.11.0"]},
         },
         by_alias=True,
@@ -43,13 +45,15 @@ def recipe_for(capability: str, **environment: str) -> Recipe:
 
 
 def bundle_of(folder: Path, quickstart: Quickstart, recipe: Recipe) -> Bundle:
+    (package,) = recipe.build
+    source = PACKAGES / package
     files = {
-        str(path.relative_to(SOURCE)): path.read_text(encoding="utf-8")
-        for path in SOURCE.rglob("*")
+        str(path.relative_to(source)): path.read_text(encoding="utf-8")
+        for path in source.rglob("*")
         if path.is_file() and path.name != "setup.py"
     }
-    setup_py = (SOURCE / "setup.py").read_text(encoding="utf-8")
-    sdist = make_sdist(folder, "tiny-cuda", "1.0.0", requires=["torch"], files=files, setup_py=setup_py)
+    setup_py = (source / "setup.py").read_text(encoding="utf-8")
+    sdist = make_sdist(folder, package, "1.0.0", requires=["torch"], files=files, setup_py=setup_py)
     wheels: dict[Path, list[Group]] = {
         path: ["build"]
         for path in sorted(quickstart.bundle_files.glob("*.whl"))
@@ -91,6 +95,17 @@ def build(
     )
 
 
+def check_import(folder: Path, quickstart: Quickstart, recipe: Recipe, module: str) -> None:
+    """Installs the env, and imports `module` in it."""
+    bundle = bundle_of(folder, quickstart, recipe)
+    env = install_env(recipe, bundle, root=Root(folder / "root"), python=quickstart.python, reporter=Quiet())
+    code = f"import torch, {module}; print({module}.__file__)"
+    done = subprocess.run(
+        [env.path / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(env.path)
+
+
 def test_only_the_wanted_architecture_is_compiled_and_the_module_imports(
     tmp_path: Path, quickstart: Quickstart
 ) -> None:
@@ -108,15 +123,20 @@ def test_only_the_wanted_architecture_is_compiled_and_the_module_imports(
     assert all(unit.peak_rss_bytes > 10_000_000 for unit in receipt.units)
     assert (receipt.torch, receipt.torch_cuda) == ("2.11.0+cu130", "13.0")
     assert build(tmp_path, quickstart, recipe).reused == ("tiny-cuda",)
-    bundle = bundle_of(tmp_path, quickstart, recipe)
-    env = install_env(
-        recipe, bundle, root=Root(tmp_path / "root"), python=quickstart.python, reporter=Quiet()
-    )
-    code = "import torch, tiny_cuda_ext; print(tiny_cuda_ext.__file__)"
-    done = subprocess.run(
-        [env.path / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()).is_relative_to(env.path)
+    check_import(tmp_path, quickstart, recipe, "tiny_cuda_ext")
+
+
+def test_a_setup_py_that_calls_nvcc_itself_gets_the_wanted_architecture_alone(
+    tmp_path: Path, quickstart: Quickstart
+) -> None:
+    recipe = recipe_for("9.0", "nvcc-by-hand", "nvcc_by_hand")
+    (built,) = build(tmp_path, quickstart, recipe).wheels
+    receipt = built.receipt
+    assert [(e.module, e.architectures) for e in receipt.extensions] == [("nvcc_by_hand", ("sm_90",))]
+    assert receipt.architectures_kept == ("sm_90",)
+    assert receipt.architectures_dropped == ("compute_80", "sm_53", "sm_75", "sm_80")
+    assert sorted(unit.source for unit in receipt.units) == ["by_name.cu", "by_path.cu", "by_shell.cpp"]
+    check_import(tmp_path, quickstart, recipe, "nvcc_by_hand")
 
 
 def test_a_unit_compiled_in_shards_has_the_same_kernels(
