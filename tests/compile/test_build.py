@@ -110,8 +110,6 @@ def test_a_wheel_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_setuptools_heeds_the_settings_that_leave_compressing_to_the_rewriting(tmp_path: Path) -> None:
     setup = "from setuptools import setup\nsetup(name='tiny', py_modules=['tiny'])\n"
     (tmp_path / "setup.py").write_text(setup)
-        "from setuptools import setup\nsetup(name='tiny', py_modules=['tiny'])\n"
-    )
     (tmp_path / "tiny.py").write_text("x = 1\n" * 1000)
     settings = tmp_path / "settings.cfg"
     settings.write_text(SETUPTOOLS_SETTINGS, encoding="utf-8")

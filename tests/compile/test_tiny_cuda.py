@@ -135,7 +135,11 @@ def test_a_setup_py_that_calls_nvcc_itself_gets_the_wanted_architecture_alone(
     assert [(e.module, e.architectures) for e in receipt.extensions] == [("nvcc_by_hand", ("sm_90",))]
     assert receipt.architectures_kept == ("sm_90",)
     assert receipt.architectures_dropped == ("compute_80", "sm_53", "sm_75", "sm_80")
-    assert sorted(unit.source for unit in receipt.units) == ["by_name.cu", "by_path.cu", "by_shell.cpp"]
+    assert sorted(unit.source for unit in receipt.units) == [
+        "csrc/by_name.cu",
+        "csrc/by_path.cu",
+        "csrc/by_shell.cpp",
+    ]
     check_import(tmp_path, quickstart, recipe, "nvcc_by_hand")
 
 
