@@ -18,14 +18,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import envbuilder
 from envbuilder.errors import MismatchError
-from envbuilder.model import Isolation
 from envbuilder.process import Cancel, Completed, run
 from envbuilder.sandbox_enter import COMMAND, COMPLAINT, REFUSED
 from envbuilder.sandbox_plan import Step, hidden_folders, lies_in, scratch_folders, secrets, steps
 from envbuilder.sandbox_root import BUILD
+
+if TYPE_CHECKING:
+    from envbuilder.model import Isolation
 
 _TIME_LIMIT_S = 24 * 3600.0
 """No build takes a day: one that waits for a network that isn't there is ended."""

@@ -11,9 +11,10 @@ import os
 import shlex
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyproject_hooks
@@ -87,6 +88,9 @@ class BuildTools:
     torch: TorchBuild | None
     capabilities: tuple[str, ...]
     ptx: bool
+    trial: Callable[[], None]
+    """Has the CUDA compiler make a few lines; MismatchError where its parts don't fit together. A second of
+    work, to be done beside the builds' first steps."""
 
     @property
     def site_packages(self) -> tuple[Path, ...]:
@@ -134,7 +138,7 @@ def prepared_tools(
     log: Path,
     remedy: str,
 ) -> Iterator[BuildTools]:
-    """The venv (kept in the folder `cache` from build to build) and the compilers, tried on a small unit.
+    """The venv (kept in the folder `cache` from build to build) and the compilers.
 
     `wheels` are the bundle's `build` group. The CUDA compiler is `system`, else the one among the wheels.
     """
@@ -148,12 +152,12 @@ def prepared_tools(
     ) as venv:
         variables = {**_variables(scratch, venv, provided), "PYTHONDONTWRITEBYTECODE": "1"}
         torch = provided_torch or read_torch(venv_python(venv), variables)
-        toolkit = None
+        toolkit, trial = None, _nothing
         if cuda is not None:
             toolkit = system or packaged_toolkit(site_packages(venv, interpreter.minor))
             check_toolkit(toolkit, torch.cuda if torch else None, capabilities)
             numbers = [architecture(capability) for capability in capabilities]
-            _try_toolkit(scratch, toolkit, compiler, numbers, variables=variables, log=log)
+            trial = partial(_try_toolkit, scratch, toolkit, compiler, numbers, variables=variables, log=log)
         bytecode = cache.with_name(_BYTECODE) / venv.name
         cancel = Cancel()
         thread = threading.Thread(
@@ -172,6 +176,7 @@ def prepared_tools(
             torch=torch,
             capabilities=tuple(capabilities),
             ptx=cuda is not None and cuda.ptx,
+            trial=trial,
         )
         # Beside the builds, which wait for their compilers: it serves the next ones.
         if not bytecode.exists():
@@ -343,6 +348,10 @@ def _prefix(program: Path) -> Path:
 def _write_wrapper(path: Path, words: Sequence[str | Path]) -> None:
     path.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n', encoding="utf-8")
     path.chmod(0o755)
+
+
+def _nothing() -> None:
+    """Without a CUDA compiler there is nothing to try."""
 
 
 def _try_toolkit(

@@ -7,12 +7,13 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from envbuilder import __version__
 from envbuilder.atomic import write_atomically
@@ -117,21 +118,25 @@ class Workshop:
         with (
             stopped_by_signals(self._stop, self._cancel.now),
             self._told(names),
-            ThreadPoolExecutor(len(orders)) as pool,
+            ThreadPoolExecutor(len(orders) + 1) as pool,
         ):
             for order in orders:
                 self._broker.expect(order.sdist.package)
-            waiting: dict[Future[BuiltWheel], Order] = {
-                pool.submit(self._one, order): order for order in orders
-            }
+            building = {pool.submit(self._one, order): order for order in orders}
+            trial = pool.submit(self._tools.trial)
             try:
-                while waiting:
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        order = waiting.pop(future)
-                        if error := future.exception():
-                            failure = failure or error
-                        else:
-                            built[order.sdist] = future.result()
+                under_way: list[Future[Any]] = [trial, *building]
+                for future in as_completed(under_way):
+                    error = future.exception()
+                    if future is trial and error is not None:
+                        failure = error  # says more than what becomes of the builds then
+                        self._broker.stop("the CUDA compiler doesn't work")
+                        self._cancel.now()
+                    elif error is not None:
+                        failure = failure or error
+                for wheel, order in building.items():
+                    if wheel.exception() is None:
+                        built[order.sdist] = wheel.result()
             except BaseException:  # Ctrl-C
                 self._broker.stop("interrupted")
                 self._cancel.now()
