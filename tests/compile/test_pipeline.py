@@ -24,7 +24,7 @@ from envbuilder.errors import BuildError, InputError, IntegrityError, MismatchEr
 from envbuilder.lock import parse_lock
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
-from envbuilder.recipe import Recipe
+from envbuilder.recipe import CudaSpec, Recipe
 from envbuilder.report import Quiet
 from envbuilder.sandbox import find_sandbox
 from envbuilder.wheelhouse import find_built
@@ -303,6 +303,35 @@ def test_without_a_cpp_compiler_nothing_is_begun(tmp_path: Path, monkeypatch: py
         build(tmp_path, recipe, bundle)
     assert "apt install g++" in caught.value.remedy
     assert left_over(tmp_path) == []
+
+
+def test_a_cuda_compiler_whose_parts_do_not_fit_together_is_told_before_what_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *--dryrun*) echo "#\\$ _HERE_={nvcc.parent}";;
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88";;
+  --list-gpu-code) echo sm_90;;
+  *) echo "ptxas: Unsupported .version 9.1; current version is 9.0"; exit 255;;
+esac
+""",
+        encoding="utf-8",
+    )
+    nvcc.chmod(0o755)
+    for folder in ("include", "lib64"):
+        (tmp_path / "cuda" / folder).mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    recipe = recipe_of().model_copy(
+        update={"cuda": CudaSpec(toolchain="system", compute_capabilities=("9.0",))}
+    )
+    with pytest.raises(MismatchError, match="can't compile and link a ten-line program") as caught:
+        build(tmp_path, recipe, bundle_of(tmp_path, recipe))
+    assert "Unsupported .version" in str(caught.value.context["output"])
+    assert caught.value.remedy.startswith("envbuilder doctor --log ")
 
 
 def test_where_isolation_is_required_and_impossible_nothing_is_built(
