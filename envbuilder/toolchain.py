@@ -40,6 +40,8 @@ class CudaToolkit:
     """E.g. "13.0.88"."""
     architectures: tuple[str, ...]
     """Numbers that it can make code for, e.g. "90"."""
+    steady_names: bool = True
+    """It can name its intermediate files by the object that it makes (--objdir-as-tempdir)."""
 
     @property
     def major(self) -> str:
@@ -126,7 +128,8 @@ def _toolkit(nvcc: Path) -> CudaToolkit:
             context={"nvcc": nvcc, "output": _asked(nvcc, "--version")[-500:]},
         )
     real = Path(here[1]).resolve() / "nvcc"
-    return CudaToolkit(real.parent.parent, real, version[1], tuple(sorted(codes, key=int)))
+    steady = "--objdir-as-tempdir" in _asked(nvcc, "--help")
+    return CudaToolkit(real.parent.parent, real, version[1], tuple(sorted(codes, key=int)), steady)
 
 
 def check_toolkit(toolkit: CudaToolkit, torch_cuda: str | None, capabilities: Sequence[str]) -> None:

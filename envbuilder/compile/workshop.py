@@ -277,6 +277,7 @@ class Workshop:
             prove=self._options.prove,
             compilers=self._identities,
             linker=self._tools.linker,
+            steady_names=self._tools.toolkit is not None and self._tools.toolkit.steady_names,
             listing=list_names(source),
             outside=outside,
             fixed=fixed,

@@ -66,6 +66,7 @@ def scope_of(folder: Path) -> Scope:
         prove=False,
         compilers={"c++": ("g++ test", "1"), "nvcc": ("nvcc test", "2")},
         linker=CXX,
+        steady_names=True,
         listing="",
         outside=Path,
         fixed=lambda text: text.replace(str(folder), "/build"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,25 @@ def build(
     )
 
 
+@contextmanager
+def umask(mode: int) -> Iterator[None]:
+    before = os.umask(mode)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def check_import(folder: Path, quickstart: Quickstart, recipe: Recipe, module: str) -> None:
     """Installs the env, and imports `module` in it."""
     bundle = bundle_of(folder, quickstart, recipe)
@@ -163,6 +185,14 @@ def test_a_unit_compiled_in_shards_has_the_same_kernels(
     (again,) = build(tmp_path, quickstart, recipe).wheels
     assert all(unit.cached for unit in again.receipt.units)
     assert again.receipt.wheel_sha256 == built.receipt.wheel_sha256
+    # Elsewhere, compiled anew: the same wheel too.
+    elsewhere = tmp_path / "a folder of another name"
+    elsewhere.mkdir()
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    with umask(0o077), one_cpu():
+        (other,) = build(elsewhere, quickstart, recipe).wheels
+    assert not any(unit.cached for unit in other.receipt.units)
+    assert other.receipt.differs or other.receipt.wheel_sha256 == built.receipt.wheel_sha256
 
 
 def test_ptx_is_added_where_the_recipe_asks_for_it(tmp_path: Path, quickstart: Quickstart) -> None:

@@ -48,6 +48,7 @@ _SLACK = 1.1
 """On measured memory: it is the peak of the unit's largest process, and smaller ones ran beside that."""
 _CUDA_GUESS = 60.0
 _HOST_GUESS = 40.0
+_INSTANTIATION_GUESS = 15.0
 """Seconds."""
 _GUESSED_MEMORY = 2 << 30
 """Bytes."""
@@ -216,10 +217,22 @@ def _from_records(unit: UnitId, records: Sequence[_Record]) -> Estimate | None:
     return None
 
 
+def steady_seconds(unit: UnitId, source_bytes: int, instantiations: int) -> float:
+    """What `unit` takes on one CPU by the table, else guessed, with so many explicit instantiations.
+
+    Never from records: a unit is cut by this, and its shards must be the same in each build, for the cache to
+    find them and for the wheel to have the same bytes.
+    """
+    known = _from_table(unit)
+    if known is not None:
+        return known.seconds
+    return max(_guess(unit, source_bytes).seconds, _INSTANTIATION_GUESS * instantiations * _passes(unit))
+
+
 def weight_of(unit: UnitId, instantiation: str) -> float:
     """How long `instantiation` of `unit` takes beside the unit's others, as far as known_units.toml tells.
 
-    Not from records: the shards of a unit must be the same in each build, or the cache would miss them.
+    Not from records either.
     """
     entry = _known(unit)
     found = entry.heavier.items() if entry else ()

@@ -32,6 +32,8 @@ class Scope:
     """Tool → its name and version ("nvcc 13.0.88"), and a digest of the programs that it is made of."""
     linker: str
     """`ld`, as the build sees it: it joins shards."""
+    steady_names: bool
+    """nvcc can name its intermediate files by the object (--objdir-as-tempdir)."""
     listing: str
     """Which files the source tree has, as a digest."""
     outside: Callable[[str], Path]

@@ -24,7 +24,7 @@ from envbuilder.compile.units.broker import Broker, Outcome, Verdict
 from envbuilder.compile.units.command_line import Unit
 from envbuilder.compile.units.driver_call import DriverCall, DriverError, Ran
 from envbuilder.compile.units.object_cache import CacheRequest, DepfileError, ObjectCache, parse_depfile
-from envbuilder.compile.units.records import Estimate, Records, UnitId, weight_of
+from envbuilder.compile.units.records import Estimate, Records, UnitId, steady_seconds, weight_of
 from envbuilder.compile.units.scope import Ledger, Scope
 from envbuilder.model import UnitTiming
 
@@ -32,6 +32,9 @@ SHARD_SECONDS = 30.0
 """A unit is cut into shards of about this length: each costs some seconds of reading headers again."""
 _WORTH_CUTTING = 90.0
 """Seconds. A shorter unit is seldom what a build waits for."""
+
+_STEADY_NAMES = "--objdir-as-tempdir"
+"""Else the object names an intermediate file, and with it the process that nvcc had: no two would be equal."""
 
 _KEPT = TypeAdapter(
     tuple[tuple[str, ...], bytes, bytes], config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
@@ -116,9 +119,9 @@ class UnitCompiler:
         if not unit.cuda or scope.sharding == "never" or text.count(b"template") < 2:
             return None
         named = self._id(call, unit, source)
-        whole = self._records.estimate(named, len(text))
-        most = int(min(whole.seconds / SHARD_SECONDS, 2 * self._broker.cpus))
-        if (most < 2 or whole.seconds < _WORTH_CUTTING) and scope.sharding != "force":
+        seconds = steady_seconds(named, len(text), text.count(b"template"))
+        most = int(seconds / SHARD_SECONDS)
+        if seconds < _WORTH_CUTTING and scope.sharding != "force":
             return None
         if option := unit.hinders_shards(call.env):
             self._compiled_whole(source, f"it is compiled with {option}")
@@ -225,6 +228,7 @@ class UnitCompiler:
                 began, began_ns = self._clock(), time.time_ns()
                 # The same machine code, from several threads: see benchmarks/RESULTS.md.
                 more = [f"--split-compile={slot.threads}"] if slot.threads > 1 else []
+                more += [_STEADY_NAMES] if call.tool == "nvcc" and self._scope.steady_names else []
                 command = unit.command(
                     call.real, source=source, output=piece.output, depfile=piece.depfile, more=more
                 )
