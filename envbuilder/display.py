@@ -5,18 +5,25 @@ Everything goes to the console that the cli owns; `--json` output does not pass 
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from envbuilder.errors import EnvbuilderError
+from envbuilder.findings import by_theme, counted, not_well, printable, skipped_by_reason, theme_title
 from envbuilder.model import Finding
 from envbuilder.report import Unit
+
+if TYPE_CHECKING:
+    from envbuilder.doctor.check import Check
 
 _PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines of one label."""
@@ -26,6 +33,8 @@ _ITEM_DELAY = 0.5
 """Seconds after which a file that is under way gets a line of its own on a terminal."""
 _NAME_WIDTH = 40
 """Characters of a file's name that are shown."""
+_NARROWEST = 30
+"""Characters of a line, below which prose is left to the terminal."""
 _VERDICT_STYLE = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
@@ -177,17 +186,61 @@ def print_error(console: Console, error: EnvbuilderError, *, verbose: bool) -> N
 
 
 def print_findings(console: Console, findings: tuple[Finding, ...], *, verbose: bool) -> None:
-    """Doctor's findings, a line each; evidence and remedies of what is not well."""
-    width = max((len(finding.check) for finding in findings), default=0)
-    indent = " " * (9 + width + 2)
-    for finding in findings:
-        verdict = f"[{_VERDICT_STYLE[finding.verdict]}]{finding.verdict:<9}[/]"
-        console.print(f"{verdict}{finding.check:<{width}}  {escape(finding.summary)}", highlight=False)
-        not_well = finding.verdict in ("failed", "warning")
-        for line in finding.evidence if not_well or verbose else ():
-            console.print(f"{indent}[dim]{escape(line)}[/]", highlight=False)
-        if finding.remedy and not_well:
-            console.print(f"{indent}[bold]remedy:[/] {escape(finding.remedy)}", highlight=False)
+    """Doctor's findings by theme, with evidence and remedies of what is not well, and what to type first.
+
+    What was skipped comes last, a line for each reason; with `verbose`, among the rest. On a terminal prose
+    is wrapped; evidence and remedies never are, so that they can be copied.
+    """
+    for theme, found in by_theme(f for f in findings if verbose or f.verdict != "skipped").items():
+        console.print(f"\n[bold]{escape(theme)}[/]", highlight=False)
+        width = max(len(finding.check) for finding in found)
+        for finding in found:
+            _print_finding(console, finding, width, verbose=verbose)
+    if skipped := {} if verbose else skipped_by_reason(findings):
+        console.print("\n[bold]Skipped[/]", highlight=False)
+        for reason, checks in skipped.items():
+            _print_prose(console, "  ", f"{reason} ({', '.join(checks)})", indent=4)
+    console.print(f"\n[bold]{counted(findings)}[/]", highlight=False)
+    if wrong := not_well(findings):
+        _print_remedy(console, wrong[0].remedy or "", f"first, for {wrong[0].check}", indent=0)
+
+
+def _print_finding(console: Console, finding: Finding, width: int, *, verbose: bool) -> None:
+    verdict = f"[{_VERDICT_STYLE[finding.verdict]}]{finding.verdict:<9}[/]"
+    indent = 2 + 9 + width + 2
+    _print_prose(console, f"  {verdict}{finding.check:<{width}}  ", finding.summary, indent=indent)
+    is_well = finding.verdict in ("ok", "skipped")
+    for line in finding.evidence if verbose or not is_well else ():
+        for part in printable(line).split("\n"):
+            console.print(f"{' ' * 11}[dim]{escape(part)}[/]", highlight=False)
+    if finding.remedy and not is_well:
+        _print_remedy(console, finding.remedy, "remedy", indent=11)
+
+
+def _print_remedy(console: Console, remedy: str, label: str, *, indent: int) -> None:
+    console.print(f"{' ' * indent}[bold]{label}:[/] {escape(printable(remedy))}", highlight=False)
+
+
+def _print_prose(console: Console, head: str, text: str, *, indent: int) -> None:
+    """`head` (markup) and `text`, which goes on `indent` further in where a terminal's line is full."""
+    room = console.width - indent
+    lines = [printable(text)]
+    if console.is_terminal and room >= _NARROWEST:
+        lines = textwrap.wrap(lines[0], room, break_long_words=False, break_on_hyphens=False) or [""]
+    console.print(head + f"\n{' ' * indent}".join(map(escape, lines)), highlight=False)
+
+
+def print_checks(console: Console, checks: Iterable[Check]) -> None:
+    """Doctor's checks by theme: id, what it needs and costs, and what it looks at."""
+    themes: dict[str, list[Check]] = {}
+    for check in checks:
+        themes.setdefault(theme_title(check.id), []).append(check)
+    for theme, listed in themes.items():
+        console.print(f"\n[bold]{escape(theme)}[/]", highlight=False)
+        for check in listed:
+            needs = f", needs {' and '.join(check.needs)}" if check.needs else ""
+            console.print(f"  [cyan]{check.id}[/]  [dim]{check.cost}{needs}[/]", highlight=False)
+            _print_prose(console, " " * 6, check.looks_at, indent=6)
 
 
 def print_summary(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

@@ -7,6 +7,7 @@ what `cuobjdump --list-elf` says about them.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ class GpuImage:
     architecture: str
     """E.g. "sm_90" (machine code), "compute_90" (PTX)."""
     compressed: bool
-    payload: bytes
-    """As stored, so packed where `compressed`; may end in padding. Else machine code is ELF (a "cubin")."""
+    payload: memoryview
+    """As stored, so packed where `compressed`; may end in padding. Else machine code is ELF (a "cubin").
+    The file is mapped, and this read when it is looked at: libraries have gigabytes of it."""
 
     @property
     def is_machine_code(self) -> bool:
@@ -62,18 +64,22 @@ def gpu_images(path: Path) -> Iterator[GpuImage]:
     try:
         with path.open("rb") as file:
             sections = [
-                section.data() for section in ELFFile(file).iter_sections() if section.name in _SECTIONS
+                (int(section["sh_offset"]), int(section["sh_size"]))
+                for section in ELFFile(file).iter_sections()
+                if section.name in _SECTIONS
             ]
+            # An empty file is no ELF, so there is something to map.
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except ELFError as error:
         raise FatbinError(f"{path} is not an ELF binary: {error}") from error
     try:
-        for data in sections:
-            yield from _images(data)
+        for offset, size in sections:
+            yield from _images(data[offset : offset + size])
     except (struct.error, KeyError) as error:
         raise FatbinError(f"{path} holds GPU code of an unknown layout") from error
 
 
-def _images(section: bytes) -> Iterator[GpuImage]:
+def _images(section: memoryview) -> Iterator[GpuImage]:
     offset = 0
     while offset + _CONTAINER.size <= len(section):
         magic, _, header, body = _CONTAINER.unpack_from(section, offset)
@@ -87,7 +93,7 @@ def _images(section: bytes) -> Iterator[GpuImage]:
         offset = (end + 7) // 8 * 8
 
 
-def _image(section: bytes, offset: int) -> tuple[GpuImage, int]:
+def _image(section: memoryview, offset: int) -> tuple[GpuImage, int]:
     """The entry at `offset`, and where the next one begins."""
     kind, _, header, payload, architecture, flags = _ENTRY.unpack_from(section, offset)
     if header < _ENTRY.size or offset + header + payload > len(section):

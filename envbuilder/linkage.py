@@ -138,9 +138,9 @@ def _linkage(
             if (library := finder.find(need.library, module)) and _lacks(library, need.version)
         ),
         driver=driver,
-        glibc_needed=_highest("GLIBC", versions),
-        libstdcxx_needed=_highest("GLIBCXX", versions),
-        cxxabi_needed=_highest("CXXABI", versions),
+        glibc_needed=highest_version("GLIBC", versions),
+        libstdcxx_needed=highest_version("GLIBCXX", versions),
+        cxxabi_needed=highest_version("CXXABI", versions),
         target_glibc=glibc,
     )
 
@@ -151,7 +151,8 @@ def _lacks(library: SharedObject, version: str) -> bool:
     return bool(there) and version not in there
 
 
-def _highest(prefix: str, versions: Sequence[str]) -> str | None:
+def highest_version(prefix: str, versions: Sequence[str]) -> str | None:
+    """The highest of those `versions` that begin with `prefix`, e.g. "3.4.30" of "GLIBCXX_3.4.30"."""
     name, since = _RELATIVE_RELOCATIONS
     found = [match[1] for version in versions if (match := re.fullmatch(rf"{prefix}_([\d.]+)", version))]
     if prefix == "GLIBC" and name in versions:
@@ -163,7 +164,7 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _program(interpreter: Path | None, machine: str) -> SharedObject | None:
+def _program(interpreter: Path | None, machine: int) -> SharedObject | None:
     """The interpreter itself; None where it can't be read as a program, for example a wrapper script."""
     if interpreter is None:
         return None
@@ -191,7 +192,7 @@ def _closure(module: SharedObject, finder: _Finder) -> Iterator[SharedObject]:
 class _Finder:
     """Finds libraries by name, each once."""
 
-    def __init__(self, folders: Sequence[Path], machine: str, program: SharedObject | None) -> None:
+    def __init__(self, folders: Sequence[Path], machine: int, program: SharedObject | None) -> None:
         self._folders = tuple(folders)
         self._machine = machine
         self._program = program
@@ -213,20 +214,31 @@ class _Finder:
 
     def _places(self, name: str, by: SharedObject) -> Iterator[Path]:
         yield from (folder / name for folder in self._folders)
-        yield from (folder / name for folder in _from_origin(by, by.rpath))
+        yield from (folder / name for folder in from_origin(by, by.rpath))
         if self._program is not None and not by.runpath:
-            yield from (folder / name for folder in _from_origin(self._program, self._program.rpath))
-        yield from (folder / name for folder in _from_origin(by, by.runpath))
+            yield from (folder / name for folder in from_origin(self._program, self._program.rpath))
+        yield from (folder / name for folder in from_origin(by, by.runpath))
         if self._cache is None:
-            self._cache = read_loader_cache(_LOADER_CACHE)
+            self._cache = loader_cache()
         yield from self._cache.get(name, ())
         yield from (folder / name for folder in _SYSTEM_FOLDERS)
 
 
-def _from_origin(file: SharedObject, folders: Sequence[str]) -> Iterator[Path]:
+def from_origin(file: SharedObject, folders: Sequence[str]) -> Iterator[Path]:
+    """`folders`, as RPATH or RUNPATH of `file` has them, with the folder of `file` for $ORIGIN."""
     origin = str(file.path.resolve().parent)
     for folder in folders:
         yield Path(folder.replace("${ORIGIN}", origin).replace("$ORIGIN", origin))
+
+
+def loader_cache() -> dict[str, list[Path]]:
+    """Library name → where this machine's loader has it in its cache."""
+    return read_loader_cache(_LOADER_CACHE)
+
+
+def system_folders() -> tuple[Path, ...]:
+    """Where the loader looks last."""
+    return _SYSTEM_FOLDERS
 
 
 def read_loader_cache(path: Path) -> dict[str, list[Path]]:

@@ -30,7 +30,7 @@ from envbuilder.target import python_versions, target_for
 # A command imports the stage that it runs and no other: half of a second run's time is imports.
 if TYPE_CHECKING:
     from envbuilder.compile.pipeline import CompileReport
-    from envbuilder.doctor.check import Check
+    from envbuilder.doctor import Subject
     from envbuilder.install import InstallReport
     from envbuilder.site import Site
 
@@ -196,18 +196,25 @@ class Session:
             return read_lock(self.lock_path)
         return None
 
-    def doctor(
-        self,
-        checks: tuple[Check, ...] | None = None,
-        *,
-        site: Site | None = None,
-        config: Path | None = None,
-    ) -> tuple[Finding, ...]:
-        """Runs `checks` (without: all that need not be asked for) on what was made of this recipe."""
-        from envbuilder.doctor import Subject, run_checks
+    def subject(self, *, site: Site | None = None, config: Path | None = None) -> Subject:
+        """What doctor's checks look at: this recipe, and what was made of it."""
+        from envbuilder.doctor import Subject
 
-        subject = Subject(self.recipe, self.root, self.known_lock(), site=site, config=config)
-        return run_checks(subject, self.reporter, checks)
+        return Subject(
+            self.recipe,
+            self.root,
+            self.known_lock(),
+            site=site,
+            config=config,
+            recipe_path=self.recipe_path,
+            lock_path=self.lock_path,
+        )
+
+    def doctor(self) -> tuple[Finding, ...]:
+        """Runs all of doctor's checks that need not be asked for."""
+        from envbuilder.doctor import run_checks
+
+        return run_checks(self.subject(), self.reporter)
 
     @property
     def _index_names(self) -> set[str]:

@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-
+_HEADER = struct.Struct("<4sBB12xHIQQQIHHH")
+"""Magic, class, byte order, machine, version, entry, where segments' and sections' headers are, flags, own
+size, size of a segment's header, number of segments."""
+_SEGMENT = struct.Struct("<IIQQQQ")
+"""Type, flags, offset, address, physical address, size in the file."""
+_MAGIC, _64_BIT, _LITTLE_ENDIAN = b"\x7fELF", 2, 1
+_LOAD, _DYNAMIC = 1, 2
 _SYMBOL = struct.Struct("<IBBHQQ")
 """Name, info (binding in the high four bits), other, section, value, size."""
 _VERNEED = struct.Struct("<HHIII")
@@ -26,7 +30,7 @@ _VERDEF = struct.Struct("<HHHHIII")
 """Version, flags, index, count, hash, offset to the names, offset to the next definition."""
 _GNU_HASH = struct.Struct("<IIII")
 """Buckets, first symbol in the table, words of the Bloom filter, its shift."""
-_NEEDED, _SYSV_HASH, _STRINGS, _SYMBOLS, _RPATH, _RUNPATH = 1, 4, 5, 6, 15, 29
+_NEEDED, _SYSV_HASH, _STRINGS, _SYMBOLS, _SONAME, _RPATH, _RUNPATH = 1, 4, 5, 6, 14, 15, 29
 _GNU_HASH_TAG = 0x6FFFFEF5
 _VERDEF_TAG, _VERDEF_COUNT = 0x6FFFFFFC, 0x6FFFFFFD
 _VERNEED_TAG, _VERNEED_COUNT = 0x6FFFFFFE, 0x6FFFFFFF
@@ -56,28 +60,28 @@ class SharedObject:
         try:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                elf = ELFFile(file)
-                segments = list(elf.iter_segments())
-            if elf.elfclass != 64 or not elf.little_endian:
+            magic, bits, order, machine, _, _, table, _, _, _, size, count = _HEADER.unpack_from(self._data)
+            if (magic, bits, order) != (_MAGIC, _64_BIT, _LITTLE_ENDIAN):
                 raise SharedObjectError(f"{path} is not a 64-bit little-endian ELF file")
-            self.machine = str(elf["e_machine"])
-            """E.g. "EM_X86_64"."""
-            self._loaded = [
-                (int(segment["p_vaddr"]), int(segment["p_filesz"]), int(segment["p_offset"]))
-                for segment in segments
-                if segment["p_type"] == "PT_LOAD"
-            ]
+            self.machine = int(machine)
+            """The number that ELF has for a kind of processor: 62 for x86_64, 183 for aarch64."""
+            self._loaded: list[tuple[int, int, int]] = []
             self._tags: dict[int, list[int]] = {}
-            for segment in segments:
-                if segment["p_type"] == "PT_DYNAMIC":
-                    self._read_tags(int(segment["p_offset"]), int(segment["p_filesz"]))
+            for number in range(count):
+                kind, _, offset, address, _, length = _SEGMENT.unpack_from(self._data, table + number * size)
+                if kind == _LOAD:
+                    self._loaded.append((address, length, offset))
+                elif kind == _DYNAMIC:
+                    self._read_tags(offset, length)
             if not {_STRINGS, _SYMBOLS} <= self._tags.keys():
                 raise SharedObjectError(f"{path} is not linked dynamically")
             self.needed = tuple(self._string(offset) for offset in self._tags.get(_NEEDED, ()))
             """DT_NEEDED: names of libraries, in order."""
+            self.soname = next((self._string(offset) for offset in self._tags.get(_SONAME, ())), None)
+            """DT_SONAME: the name by which others need it."""
         except SharedObjectError:
             raise
-        except (ELFError, OSError, ValueError, struct.error, IndexError) as error:
+        except (OSError, ValueError, struct.error, IndexError) as error:
             raise SharedObjectError(f"{path} is not a shared object: {error}") from error
 
     def _read_tags(self, begin: int, size: int) -> None:
@@ -88,7 +92,10 @@ class SharedObject:
 
     @property
     def rpath(self) -> tuple[str, ...]:
-        """DT_RPATH, which counts for the file's own libraries too; DT_RUNPATH makes it void."""
+        """DT_RPATH, which counts for the file's own libraries too; DT_RUNPATH makes it void.
+
+        An empty entry is the working folder.
+        """
         return () if _RUNPATH in self._tags else self._folders(_RPATH)
 
     @property
@@ -139,9 +146,8 @@ class SharedObject:
         return frozenset(found)
 
     def _folders(self, tag: int) -> tuple[str, ...]:
-        return tuple(
-            part for value in self._tags.get(tag, ()) for part in self._string(value).split(":") if part
-        )
+        texts = filter(None, map(self._string, self._tags.get(tag, ())))
+        return tuple(part for text in texts for part in text.split(":"))
 
     def _offset(self, tag: int) -> int:
         """Where in the file the table of dynamic tag `tag` begins; the tag has its address in memory."""

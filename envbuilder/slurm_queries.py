@@ -196,27 +196,134 @@ class QosLimits:
 def qos_limits(qos: str) -> QosLimits:
     """The limits of a QoS, as far as the accounting tells them."""
     try:
-        shown = ask(
-            "sacctmgr", "-nP", "show", "qos", qos, "format=name,maxwall,maxsubmitpu", timeout_s=_SHORT_S
-        )
+        maxima = qos_maxima(qos)
     except (NoAnswerError, MismatchError):
         return QosLimits()
-    for line in shown.splitlines():
-        name, _, rest = line.partition("|")
-        wall, _, jobs = rest.partition("|")
-        if name == qos:
-            return QosLimits(seconds_of(wall), int(jobs) if jobs.isdigit() else None)
-    return QosLimits()
+    return QosLimits(maxima.wall_s, maxima.submitted) if maxima else QosLimits()
 
 
 def partition_wall_s(partition: str) -> int | None:
     """The longest time that a partition allows a job; None for no limit, or where nobody says."""
     try:
-        shown = ask("scontrol", "--oneliner", "show", "partition", partition, timeout_s=_SHORT_S)
+        facts = partition_facts(partition)
     except (NoAnswerError, MismatchError):
         return None
-    found = re.search(r"\bMaxTime=(\S+)", shown)
-    return seconds_of(found[1]) if found else None
+    return seconds_of(facts.get("MaxTime", "")) if facts else None
+
+
+def controllers_up() -> tuple[str, ...]:
+    """The controllers that answer, as Slurm names them; NoAnswerError where none does, with what it says."""
+    told = ask("scontrol", "ping", timeout_s=_SHORT_S)
+    up = re.findall(r"^\S+ at (\S+) is UP$", told, re.MULTILINE)
+    if not up:
+        raise NoAnswerError(told.strip())
+    return tuple(up)
+
+
+def partition_facts(partition: str) -> dict[str, str] | None:
+    """What `scontrol show partition` tells, by Slurm's names; None where there is no such partition."""
+    try:
+        shown = ask("scontrol", "--all", "--oneliner", "show", "partition", partition, timeout_s=_SHORT_S)
+    except NoAnswerError as error:
+        if "not found" in str(error):
+            return None
+        raise
+    return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+
+@dataclass(frozen=True, slots=True)
+class Association:
+    """An account that a user may charge, and how."""
+
+    account: str
+    partition: str
+    """Empty for any."""
+    qos: tuple[str, ...]
+    is_default: bool
+    """Whether the account is the one of jobs that name none."""
+
+
+def associations(user: str) -> list[Association]:
+    """What the accounting lets `user` submit with; NoAnswerError where there is no accounting."""
+    columns = "account,partition,qos,defaultaccount"
+    only = ("where", f"user={user}", f"format={columns}")
+    shown = ask("sacctmgr", "-nP", "show", "user", "withassoc", *only, timeout_s=_SHORT_S)
+    rows = [line.split("|") for line in shown.splitlines() if line.count("|") == columns.count(",")]
+    return [
+        Association(account, partition, tuple(filter(None, qos.split(","))), account == default)
+        for account, partition, qos, default in rows
+    ]
+
+
+def enforced() -> frozenset[str]:
+    """What of the accounting the controller holds jobs to (AccountingStorageEnforce), e.g. "limits"."""
+    shown = ask("scontrol", "show", "config", timeout_s=_SHORT_S)
+    found = re.search(r"^AccountingStorageEnforce\s*=\s*(\S+)", shown, re.MULTILINE)
+    return frozenset(found[1].split(",")) - {"none"} if found else frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class QosMaxima:
+    """How much a QoS gives; what it sets no limit to is not in the tables."""
+
+    wall_s: int | None
+    submitted: int | None
+    """Jobs of one user, queued and running together."""
+    per_job: dict[str, str]
+    """By Slurm's names of resources, e.g. "gres/gpu": "2", "mem": "100G"."""
+    per_user: dict[str, str]
+
+
+def qos_maxima(qos: str) -> QosMaxima | None:
+    """The limits of a QoS; None where there is no such QoS. NoAnswerError where there is no accounting."""
+    columns = "name,maxwall,maxsubmitpu,maxtres,maxtrespu"
+    shown = ask("sacctmgr", "-nP", "show", "qos", qos, f"format={columns}", timeout_s=_SHORT_S)
+    for line in shown.splitlines():
+        row = dict(zip(columns.split(","), line.split("|"), strict=False))
+        if row["name"] == qos:
+            submitted = row.get("maxsubmitpu", "")
+            return QosMaxima(
+                wall_s=seconds_of(row.get("maxwall", "")),
+                submitted=int(submitted) if submitted.isdigit() else None,
+                per_job=_resources(row.get("maxtres", "")),
+                per_user=_resources(row.get("maxtrespu", "")),
+            )
+    return None
+
+
+def _resources(text: str) -> dict[str, str]:
+    return dict(re.findall(r"([\w/:]+)=([^,]+)", text))
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionNode:
+    """A node, as a partition has it."""
+
+    name: str
+    cpus: int
+    memory_mb: int
+    """As Slurm counts: 1024² bytes."""
+    gpus: dict[str, int]
+    """Type → count; the type is empty where Slurm names none."""
+    state: str
+
+
+def partition_nodes(partition: str) -> list[PartitionNode]:
+    """The nodes of a partition; empty where there is none of that name."""
+    listed = ask("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%c|%m|%G|%T", timeout_s=_SHORT_S)
+    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 4]
+    return [
+        PartitionNode(name, _number(cpus.rstrip("+")), _number(memory.rstrip("+")), _gpus(gres), state)
+        for name, cpus, memory, gres, state in rows
+    ]
+
+
+def _gpus(gres: str) -> dict[str, int]:
+    """GPUs of a list of generic resources: "gpu:a100:4(S:0-1),shard:8" gives {"a100": 4}."""
+    counts: dict[str, int] = {}
+    for kind, count in re.findall(r"\bgpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres):
+        counts[kind] = counts.get(kind, 0) + int(count)
+    return counts
 
 
 def is_slurm_here() -> bool:

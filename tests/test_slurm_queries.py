@@ -8,7 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.slurm_queries import JobView, cancelled_by, job_lives, job_view, parse_job
+from envbuilder.slurm_queries import (
+    Association,
+    JobView,
+    NoAnswerError,
+    QosLimits,
+    QosMaxima,
+    associations,
+    cancelled_by,
+    controllers_up,
+    enforced,
+    job_lives,
+    job_view,
+    parse_job,
+    partition_facts,
+    partition_nodes,
+    partition_wall_s,
+    qos_limits,
+    qos_maxima,
+)
 
 SHOWN = (
     "JobId=5 JobName=envbuilder-x UserId=ada(1000) GroupId=ada(1000) MCS_label=N/A Priority=4294901757 "
@@ -93,3 +111,81 @@ def test_a_job_that_nobody_knows_is_none(programs: Path) -> None:
     assert job_view("5") is None
     (programs / "sacct").unlink()
     assert job_lives("5") == []
+
+
+def test_a_controller_that_answers_is_named_and_none_is_an_error(programs: Path) -> None:
+    program(
+        programs,
+        "scontrol",
+        "echo 'Slurmctld(primary) at login1 is DOWN'; echo 'Slurmctld(backup) at login2 is UP'",
+    )
+    assert controllers_up() == ("login2",)
+    program(programs, "scontrol", "echo 'Slurmctld(primary) at login1 is DOWN'")
+    with pytest.raises(NoAnswerError, match="DOWN"):
+        controllers_up()
+
+
+def test_a_partition_s_facts_are_read(programs: Path) -> None:
+    program(
+        programs,
+        "scontrol",
+        "echo 'PartitionName=gpu AllowGroups=ALL AllowAccounts=a,b State=UP MaxTime=1-00:00:00'",
+    )
+    facts = partition_facts("gpu")
+    assert facts is not None
+    assert (facts["AllowAccounts"], facts["State"]) == ("a,b", "UP")
+    assert partition_wall_s("gpu") == 24 * 3600
+    program(programs, "scontrol", "echo 'Partition gpu not found' >&2; exit 1")
+    assert partition_facts("gpu") is None
+    program(programs, "scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(NoAnswerError):
+        partition_facts("gpu")
+
+
+def test_associations_are_read(programs: Path) -> None:
+    program(
+        programs,
+        "sacctmgr",
+        "echo 'project||normal,debug|project'; echo 'other|gpu||project'; echo 'warning'",
+    )
+    assert associations("ada") == [
+        Association("project", "", ("normal", "debug"), is_default=True),
+        Association("other", "gpu", (), is_default=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("AccountingStorageEnforce = associations,limits,qos", {"associations", "limits", "qos"}),
+        ("AccountingStorageEnforce = none", set()),
+        ("", set()),
+    ],
+)
+def test_what_is_enforced_is_read(programs: Path, line: str, found: set[str]) -> None:
+    program(programs, "scontrol", f"echo 'ClusterName = x'; echo '{line}'")
+    assert enforced() == found
+
+
+def test_what_a_qos_gives_is_read(programs: Path) -> None:
+    program(programs, "sacctmgr", "echo 'debug|00:30:00|1|cpu=64,mem=100G|gres/gpu=2,gres/gpu:a100=1'")
+    assert qos_maxima("debug") == QosMaxima(
+        1800, 1, {"cpu": "64", "mem": "100G"}, {"gres/gpu": "2", "gres/gpu:a100": "1"}
+    )
+    assert qos_limits("debug") == QosLimits(1800, 1)
+    assert qos_maxima("other") is None
+    assert qos_limits("other") == QosLimits()
+
+
+def test_nodes_are_read_with_their_gpus_by_type(programs: Path) -> None:
+    program(
+        programs,
+        "sinfo",
+        "echo 'n1|64|512000+|gpu:a100:4(S:0-1),shard:8|idle'; echo 'n2|8|64000|gpu:2|drained*';"
+        "echo 'n3|8|64000|(null)|mixed'",
+    )
+    assert [(node.memory_mb, node.gpus, node.state) for node in partition_nodes("gpu")] == [
+        (512000, {"a100": 4}, "idle"),
+        (64000, {"": 2}, "drained*"),
+        (64000, {}, "mixed"),
+    ]

@@ -45,7 +45,7 @@ def encode(messages: Sequence[Message], tokenizer: Any) -> tuple[list[int], list
 
 def render(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[Span]]:
     """The conversation as text, and the spans of characters that the assistant wrote, in order."""
-    if _GENERATION.search(tokenizer.chat_template):
+    if marks_generation(tokenizer):
         rendered: Any = render_jinja_template(
             [list(messages)],
             chat_template=tokenizer.chat_template,
@@ -60,6 +60,11 @@ def render(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[Span]
         for turn, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
+
+
+def marks_generation(tokenizer: Any) -> bool:
+    """Whether the chat template itself says what the assistant wrote."""
+    return bool(_GENERATION.search(tokenizer.chat_template))
 
 
 def _added_by(messages: Sequence[Message], turn: int, text: str, tokenizer: Any) -> Span:

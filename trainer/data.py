@@ -7,7 +7,6 @@ in the stream is all that a checkpoint needs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from trainer.chat import IGNORED, InexactTemplate, encode
 from trainer.config import DatasetSection
+from trainer.conversations import read_messages
 from trainer.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
 SHOWN_FAULTS = 10
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: grouped matrix products in bf16 want it."""
@@ -115,7 +114,7 @@ def _read_chat(file: Path, section: DatasetSection, tokenizer: Any) -> Dataset:
         if not line.strip():
             continue
         try:
-            input_ids, labels = encode(_messages(line), tokenizer)
+            input_ids, labels = encode(read_messages(line), tokenizer)
         except (ValueError, InexactTemplate) as problem:
             faults.append(f"line {number}: {problem}")
             continue
@@ -149,27 +148,6 @@ def _raise_faults(file: Path, faults: list[str]) -> None:
         remedy=f"sed -n {first}p {file}",
         context={"file": file, "broken lines": len(faults)},
     )
-
-
-def _messages(line: bytes) -> list[dict[str, str]]:
-    """The conversation of one line. Raises ValueError with what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise ValueError(f"not JSON ({problem})") from problem
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise ValueError('not a {"messages": [...]} object')
-    messages = record["messages"]
-    if not messages:
-        raise ValueError("the conversation is empty")
-    for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {turn} has no text in content")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {turn} has the unknown role {message.get('role')!r}")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("no assistant turn, nothing to train on")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 @dataclass

@@ -19,6 +19,10 @@ class TrainerError(Exception):
         self.context = {key: str(value) for key, value in (context or {}).items()}
         """The facts: file, line, expected, got, …"""
 
+    def described(self) -> dict[str, object]:
+        """As JSON takes it."""
+        return {"message": self.message, "remedy": self.remedy, "context": self.context}
+
 
 class ConfigError(TrainerError):
     """The training config is wrong."""

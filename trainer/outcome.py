@@ -41,13 +41,10 @@ def write_outcome(
     run_dir: Path, status: Status, progress: Progress, error: TrainerError | None = None
 ) -> None:
     """Writes `outcome.json` atomically; the last thing that a run does."""
-    described = (
-        {"message": error.message, "remedy": error.remedy, "context": error.context} if error else None
-    )
     outcome = {
         "status": status,
         "exit_code": error.exit_code if error else 0,
-        "error": described,
+        "error": error.described() if error else None,
         "first_loss": progress.first_loss,
         "last_loss": progress.last_loss,
         "steps": progress.steps,

@@ -63,16 +63,11 @@ class Run:
 def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progress: Progress) -> Run:
     """Everything up to the first step, and the run's "start" record. Raises TrainerError."""
     started = time.perf_counter()
-    _check_batch_sizes(config, world)
+    check_batch_sizes(config, world.size)
     kernels = find_mamba_kernels(config.device)
     tokenizer = open_tokenizer(config.model)
     base_config = model_config(config.model)
-    if len(tokenizer) > base_config.vocab_size:
-        raise ConfigError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {base_config.vocab_size}.",
-            remedy="give the model's own tokenizer in model.tokenizer",
-            context={"key": "model.tokenizer"},
-        )
+    check_vocabulary(tokenizer, base_config)
     data, validation = (
         open_dataset(section, tokenizer, vocab_size=base_config.vocab_size, seed=config.seed)
         if section
@@ -106,27 +101,39 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
         stream=Stream(data, config.seed),
         validation=validation,
         pad=tokenizer.pad_token_id,
-        steps=_steps(config, data),
+        steps=steps_of(config, len(data.examples)),
     )
     _announce(run, targets, shares, kernels_in_use(causal_lm, kernels), time.perf_counter() - started)
     return run
 
 
-def _check_batch_sizes(config: Config, world: World) -> None:
+def check_batch_sizes(config: Config, processes: int) -> None:
+    """ConfigError if `processes` can't share out the global batch."""
     scheduler = config.step_scheduler
-    multiple = scheduler.local_batch_size * world.size
+    multiple = scheduler.local_batch_size * processes
     if scheduler.global_batch_size % multiple:
         raise ConfigError(
-            f"global_batch_size {scheduler.global_batch_size} can't be shared out to {world.size} processes "
+            f"global_batch_size {scheduler.global_batch_size} can't be shared out to {processes} processes "
             f"in batches of {scheduler.local_batch_size}.",
             remedy=f"--set step_scheduler.global_batch_size={multiple}  # or a multiple of it",
             context={"key": "step_scheduler.global_batch_size"},
         )
 
 
-def _steps(config: Config, data: Dataset) -> int:
+def check_vocabulary(tokenizer: Any, base_config: Any) -> None:
+    """ConfigError if the tokenizer has more tokens than the model knows."""
+    if len(tokenizer) > base_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary {base_config.vocab_size}.",
+            remedy="give the model's own tokenizer in model.tokenizer",
+            context={"key": "model.tokenizer"},
+        )
+
+
+def steps_of(config: Config, examples: int) -> int:
+    """Optimizer steps of the whole training on so many examples."""
     scheduler = config.step_scheduler
-    epochs = math.ceil(len(data.examples) * (scheduler.num_epochs or 0) / scheduler.global_batch_size)
+    epochs = math.ceil(examples * (scheduler.num_epochs or 0) / scheduler.global_batch_size)
     return min(limit for limit in (scheduler.max_steps, epochs) if limit)
 
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from envbuilder.atomic import NEW_SUFFIX, make_folder, new_file, no_room, writing
 from envbuilder.bundle import RECORD
-from envbuilder.bundles.inventory import inventory, open_plain, pieces
+from envbuilder.bundle_contents import inventory, open_plain, pieces
 from envbuilder.bundles.unpack import END, MANIFEST, SCRIPT, Entry, Manifest, archive_size, header, padding
 from envbuilder.errors import IntegrityError
 from envbuilder.model import Bundle, BundleRecord

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from envbuilder import display
 from envbuilder.cli.app import Options, SiteName, app
 from envbuilder.errors import DoctorError
+from envbuilder.findings import counts
 from envbuilder.model import Finding
 from envbuilder.site import load_site
 
+if TYPE_CHECKING:
+    from envbuilder.doctor.check import Check
+    from envbuilder.doctor.facts import Facts
+
+SCHEMA = 1
+"""Of what --json prints; another number where a field goes or means something else. New ones may come."""
 _TOOLCHAIN = "toolchain.extension"
 """The check that --toolchain asks for."""
 
@@ -45,31 +53,31 @@ def doctor(
 ) -> None:
     """Say what is wrong, prove it, and give the command that mends it."""
     from envbuilder.doctor import CHECKS, Subject, choose_checks, explain_log, run_checks
+    from envbuilder.doctor.facts import find_facts
+    from envbuilder.doctor.page import write_report
 
     opts: Options = context.obj
     if list_checks:
-        opts.result(
-            {
-                "checks": [
-                    {"id": c.id, "title": c.title, "looks_at": c.looks_at, "needs": c.needs, "cost": c.cost}
-                    for c in CHECKS
-                ]
-            },
-            lambda console: display.print_summary(console, "checks", [(c.id, c.looks_at) for c in CHECKS]),
-        )
+        opts.result(_checks_data(CHECKS), lambda console: display.print_checks(console, CHECKS))
         return
+    described = load_site(site) if site else None
+    if recipe is not None:
+        subject = opts.session(recipe).subject(site=described, config=config)
+    else:
+        subject = Subject(None, opts.root, None, site=described, config=config)
     if log is not None:
-        findings = explain_log(Path(log))
+        findings = explain_log(log)
     else:
         checks = choose_checks(only or (), quick=quick, asked=[_TOOLCHAIN] if toolchain else ())
-        described = load_site(site) if site else None
-        if recipe is not None:
-            findings = opts.session(recipe).doctor(checks, site=described, config=config)
-        else:
-            subject = Subject(None, opts.root, None, site=described, config=config)
-            findings = run_checks(subject, opts.reporter, checks)
+        findings = run_checks(subject, opts.reporter, checks)
+    facts = find_facts(subject) if report or opts.json else None
+    if facts and report:
+        write_report(report, findings, facts, subject)
+        opts.reporter.note(
+            f"{report}: names and secrets are taken out of it; look it over before you send it"
+        )
     opts.result(
-        {"findings": [finding.model_dump(mode="json") for finding in findings]},
+        _findings_data(findings, facts),
         lambda console: display.print_findings(console, findings, verbose=opts.verbose),
     )
     if failed_of(findings):
@@ -79,3 +87,24 @@ def doctor(
 def failed_of(findings: tuple[Finding, ...]) -> list[Finding]:
     """Those of `findings` that failed."""
     return [finding for finding in findings if finding.verdict == "failed"]
+
+
+def _findings_data(findings: tuple[Finding, ...], facts: Facts | None) -> dict[str, Any]:
+    """As docs/doctor.md describes it."""
+    return {
+        "schema": SCHEMA,
+        **(asdict(facts) if facts else {}),
+        "counts": counts(findings),
+        "findings": [finding.model_dump(mode="json") for finding in findings],
+    }
+
+
+def _checks_data(checks: tuple[Check, ...]) -> dict[str, Any]:
+    """As docs/doctor.md describes it."""
+    return {
+        "schema": SCHEMA,
+        "checks": [
+            {"id": c.id, "title": c.title, "looks_at": c.looks_at, "needs": c.needs, "cost": c.cost}
+            for c in checks
+        ],
+    }

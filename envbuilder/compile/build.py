@@ -25,6 +25,9 @@ from envbuilder.shared_object import SharedObjectError
 
 _LAST_LINES = 12
 """How much of a failed build's log goes into the error."""
+# "file.cu(132): error: …", "file.cpp:7:10: fatal error: …": many compilers run at once, so that the last lines
+# are seldom of the one that failed.
+_COMPILER_ERROR = re.compile(r"^\S[^\n]*?[:(]\d+[:)].*?\berror\b.*$", re.MULTILINE)
 
 
 def build_wheel(
@@ -39,7 +42,8 @@ def build_wheel(
     """The wheel that the build backend of the tree `source` makes, in a new folder of `room`.
 
     The backend runs in the room's sandbox, in the build environment as it is (no isolation in the sense of
-    PEP 517), with `variables` on top of the room's. BuildError, with the log's end, where it fails.
+    PEP 517), with `variables` on top of the room's. BuildError where it fails, with the first error that a
+    compiler wrote and the log's end.
     """
     folder = room.folder / "wheel"
     folder.mkdir()
@@ -60,7 +64,7 @@ def build_wheel(
         raise BuildError(
             f"Building {sdist.package} {sdist.version} failed.",
             remedy=f"envbuilder doctor --log {log}",
-            context={"log": log, "exit status": done.returncode, "last lines": _last_lines(log)},
+            context={"log": log, "exit status": done.returncode, **_told_by(log)},
         )
     return wheel
 
@@ -173,6 +177,9 @@ def _serves(made: Sequence[str], capabilities: Sequence[str], *, ptx: bool) -> b
     )
 
 
-def _last_lines(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-_LAST_LINES:])
+def _told_by(log: Path) -> dict[str, object]:
+    """What a failed build's log says: the first error of a compiler, if there is one, and the last lines."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    first = _COMPILER_ERROR.search(text)
+    return ({"first error": first[0]} if first else {}) | {"last lines": "\n".join(lines[-_LAST_LINES:])}

@@ -7,8 +7,8 @@ the log of a build or a job that failed.
 
 from __future__ import annotations
 
+from envbuilder.doctor.log_explained import explain_log
 from envbuilder.doctor.runner import CHECKS, choose_checks, run_checks
-from envbuilder.doctor.signatures import explain_log
 from envbuilder.doctor.subject import Subject
 
 __all__ = ["CHECKS", "Subject", "choose_checks", "explain_log", "run_checks"]

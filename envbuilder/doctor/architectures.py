@@ -34,6 +34,28 @@ def wanted_code(compute_capability: str) -> frozenset[str]:
     return frozenset({f"sm_{number}", f"compute_{number}"})
 
 
+_GPUS = {
+    **dict.fromkeys(("p100",), "6.0"),
+    **dict.fromkeys(("v100", "v100s"), "7.0"),
+    **dict.fromkeys(("t4",), "7.5"),
+    **dict.fromkeys(("a100", "a100x", "a30", "a800"), "8.0"),
+    **dict.fromkeys(("a2", "a10", "a10g", "a16", "a40", "a6000", "a5000", "a4000"), "8.6"),
+    **dict.fromkeys(("l4", "l20", "l40", "l40s"), "8.9"),
+    **dict.fromkeys(("h20", "h100", "h200", "h800", "gh200"), "9.0"),
+    **dict.fromkeys(("b100", "b200", "gb200"), "10.0"),
+    **dict.fromkeys(("b300", "gb300"), "10.3"),
+    **dict.fromkeys(("gb10",), "12.1"),
+}
+"""As sites name GPUs → compute capability (NVIDIA, "CUDA GPU Compute Capability")."""
+
+
+def capability_of(gpu_type: str) -> str | None:
+    """The compute capability of what Slurm knows as `gpu_type`, e.g. "9.0" for "h100" or "nvidia_h100_80gb";
+    None where the name is not known."""
+    words = re.split(r"[^a-z0-9]+", gpu_type.lower())
+    return next((_GPUS[word] for word in words if word in _GPUS), None)
+
+
 def _version(text: str) -> _Version:
     match = re.fullmatch(r"(\d+?)\.?(\d)([af]?)", text)
     if match is None:

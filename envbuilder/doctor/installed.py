@@ -6,12 +6,17 @@ import ast
 import base64
 import csv
 import hashlib
+import os
+import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
 from packaging.utils import NormalizedName, canonicalize_name
+
+from envbuilder.shared_object import SharedObject, SharedObjectError, VersionNeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,16 @@ def recorded_files(distribution: Distribution) -> tuple[RecordedFile, ...]:
             raise ValueError(str(error)) from error
 
 
+def owned_paths(distribution: Distribution) -> Iterator[str]:
+    """Absolute paths of all files that the RECORD of `distribution` lists; none where it can't be read."""
+    base = str(distribution.folder.parent)
+    record = distribution.folder / "RECORD"
+    with suppress(OSError, ValueError, csv.Error), record.open(newline="", encoding="utf-8") as lines:
+        for path, *_ in csv.reader(lines):
+            # Joined as text: a Path for each of ten thousands of files takes seconds.
+            yield os.path.normpath(f"{base}/{path}")
+
+
 def has_changed(file: RecordedFile) -> bool:
     """Whether the bytes on disk are others than recorded; FileNotFoundError where there are none."""
     with file.path.open("rb") as stream:
@@ -81,6 +96,37 @@ def has_changed(file: RecordedFile) -> bool:
             return True
         digest = hashlib.file_digest(stream, file.algorithm).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """What one shared object in a library folder asks of its surroundings."""
+
+    path: Path
+    needs: tuple[VersionNeed, ...]
+    search_path: tuple[str, ...]
+    """Its RPATH, or its RUNPATH."""
+
+
+def read_binaries(folders: Iterable[Path]) -> tuple[Binary, ...]:
+    """Every shared object below `folders` that this machine's loader could take; links are not followed."""
+    files = (
+        Path(folder, name)
+        for top in folders
+        for folder, _, names in os.walk(top)
+        for name in names
+        if name.endswith(".so") or ".so." in name
+    )
+    return tuple(binary for path in files if (binary := _binary(path)))
+
+
+def _binary(path: Path) -> Binary | None:
+    # Each is closed again: an env has more of them than a process may have open files.
+    try:
+        file = SharedObject(path)
+        return Binary(path, tuple(file.version_needs()), file.rpath or file.runpath)
+    except (SharedObjectError, struct.error, IndexError, KeyError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)

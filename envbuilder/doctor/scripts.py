@@ -20,11 +20,8 @@ def run_script(python: Path, script: str, *arguments: str, timeout_s: float, rem
     """
     # -P: this folder's modules must not be importable there.
     ended = run([python, "-P", _FOLDER / script, *arguments], timeout_s=timeout_s)
-    # Libraries print warnings of their own, before and after.
-    for line in reversed(ended.output.splitlines()):
-        if line.startswith("{"):
-            with suppress(json.JSONDecodeError):
-                return dict(json.loads(line))
+    if (printed := json_object(ended.output)) is not None:
+        return printed
     how = f"took longer than {timeout_s:.0f} s" if ended.timed_out else f"ended with {ended.returncode}"
     last = ended.output.strip().splitlines()[-5:]
     raise MismatchError(
@@ -32,3 +29,12 @@ def run_script(python: Path, script: str, *arguments: str, timeout_s: float, rem
         remedy=remedy,
         context={"interpreter": python, "output": "\n".join(last)},
     )
+
+
+def json_object(output: str) -> dict[str, Any] | None:
+    """The last line of `output` that is a JSON object: libraries print warnings of their own around it."""
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            with suppress(json.JSONDecodeError):
+                return dict(json.loads(line))
+    return None

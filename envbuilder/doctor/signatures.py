@@ -1,4 +1,4 @@
-"""Explains the log of a build or a job that failed, by the known failures of signatures.toml."""
+"""The known failures of builds and jobs: the table signatures.toml, and what it says of a text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
+from typing import Literal, get_args
 
-from envbuilder.errors import InputError
-from envbuilder.model import Finding
-
-_LAST_LINES = 10
+Kind = Literal["cause", "symptom", "consequence", "note"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What a failure is to a run, the most telling first; signatures.toml says what each is."""
+LINES_AFTER = 2
+"""A pattern may reach into so many lines after the one that has the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,72 +21,48 @@ class Signature:
     """One known failure; signatures.toml says what the fields hold."""
 
     id: str
-    pattern: str
+    topic: str
+    marks: tuple[str, ...]
     cause: str
     remedy: str
     seen: str
-    survivable: bool = False
+    kind: Kind = "cause"
+    pattern: str = ""
+
+    def is_in(self, window: str) -> bool:
+        """Whether this failure is in `window`: one line, with the LINES_AFTER that follow it."""
+        first = window.partition("\n")[0]
+        return any(mark in first for mark in self.marks) and self.fits(window)
+
+    def fits(self, window: str) -> bool:
+        """Whether the pattern is in `window`, whose first line has one of the marks."""
+        return not self.pattern or re.search(self.pattern, window) is not None
+
+    @property
+    def rank(self) -> int:
+        """Its kind's place among KINDS."""
+        return KINDS.index(self.kind)
 
 
 @cache
 def signatures() -> tuple[Signature, ...]:
     """The table."""
     text = files("envbuilder.doctor").joinpath("signatures.toml").read_text(encoding="utf-8")
-    return tuple(Signature(**entry) for entry in tomllib.loads(text)["signature"])
+    return tuple(
+        Signature(**{**entry, "marks": tuple(entry["marks"])}) for entry in tomllib.loads(text)["signature"]
+    )
 
 
-def explain_log(path: Path) -> tuple[Finding, ...]:
-    """What went wrong in the log `path`: the first cause first, then what else is known in it.
-
-    A failure that no signature knows gives one warning with the log's last lines. InputError where the log
-    can't be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(
-            f"The log {path} can't be read: {error.strerror}.",
-            remedy="envbuilder doctor --log FILE, with the log that the failed command named",
-            context={"file": path},
-        ) from error
-    return explain_text(text) or (_unknown(text),)
-
-
-def explain_text(text: str) -> tuple[Finding, ...]:
-    """The known failures in `text`: what stops a run before what it can survive, then in the log's order."""
-    found = [
-        (signature.survivable, match.start(), signature)
-        for signature in signatures()
-        if (match := re.search(signature.pattern, text))
-    ]
-    ordered = sorted(found, key=lambda item: item[:2])
-    return tuple(_finding(signature, text, at) for _, at, signature in ordered)
+def known_in(window: str) -> Signature | None:
+    """The first entry of the table that is in this window."""
+    return next((signature for signature in signatures() if signature.is_in(window)), None)
 
 
 def remedy_for(text: str, recipe_file: str) -> str | None:
-    """The remedy of the first known failure in `text`, for the recipe in this file."""
-    remedy = next((finding.remedy for finding in explain_text(text)), None)
-    return remedy and remedy.replace("RECIPE", recipe_file)
-
-
-def _finding(signature: Signature, text: str, at: int) -> Finding:
-    number = text.count("\n", 0, at) + 1
-    line = text.split("\n")[number - 1].strip()
-    return Finding(
-        check=f"log.{signature.id}",
-        verdict="warning" if signature.survivable else "failed",
-        summary=signature.cause,
-        evidence=(f"line {number}: {line}", f"seen: {signature.seen}"),
-        remedy=signature.remedy,
-    )
-
-
-def _unknown(text: str) -> Finding:
-    last = [line for line in text.splitlines() if line.strip()][-_LAST_LINES:]
-    return Finding(
-        check="log.unknown",
-        verdict="warning",
-        summary="No known failure is in this log; its last lines may tell.",
-        evidence=tuple(last),
-        remedy="Look for the first line with error or Error: later ones are often its consequences.",
-    )
+    """The remedy of the first cause in `text` (a short one: an error's message), for the recipe in this file."""
+    lines = text.splitlines()
+    windows = ("\n".join(lines[at : at + 1 + LINES_AFTER]) for at in range(len(lines)))
+    found = [signature for window in windows if (signature := known_in(window))]
+    if not found:
+        return None
+    return min(found, key=lambda signature: signature.rank).remedy.replace("RECIPE", recipe_file)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from envbuilder.bundle import open_bundle
+from envbuilder.doctor.inspecting import Inspection, inspect_config
+from envbuilder.doctor.installed import Binary, read_binaries
+from envbuilder.doctor.loading import loaded_with_torch
 from envbuilder.doctor.once import once
-from envbuilder.gpu import Gpus, read_gpus
+from envbuilder.gpu import Gpus, GpuState, read_gpu_states, read_gpus
 from envbuilder.interpreter import Interpreter, inspect_interpreter
+from envbuilder.load_order import Loaded
 from envbuilder.lock import SourceLock
 from envbuilder.model import Bundle, EnvReceipt, read_record
 from envbuilder.paths import Root
@@ -30,6 +35,9 @@ class Subject:
     site: Site | None = None
     config: Path | None = None
     """A training config."""
+    recipe_path: Path | None = None
+    lock_path: Path | None = None
+    """Where the recipe lies, and where its lock does or would."""
 
     @property
     def recipe_file(self) -> str:
@@ -100,3 +108,49 @@ class Subject:
     def gpus(self) -> Gpus:
         """The GPUs of this machine, as nvidia-smi tells."""
         return read_gpus()
+
+    @once
+    def gpu_states(self) -> tuple[GpuState, ...]:
+        """How the GPUs are; checks that put work on them ask first, or it would show as somebody's."""
+        return read_gpu_states()
+
+    @property
+    def processes(self) -> int:
+        """How many will train: one a GPU, of the site's jobs or of this machine."""
+        return max(1, self.site.train.gpus if self.site else len(self.gpus.devices))
+
+    @once
+    def config_files(self) -> Inspection:
+        """The training config, the weight files and the lines of data; takes no torch."""
+        return self._inspect("--files")
+
+    @once
+    def inspected(self) -> Inspection:
+        """What the env's trainer finds out about the training config without training."""
+        return self._inspect("--processes", str(self.processes))
+
+    @property
+    def extension_files(self) -> dict[str, Path]:
+        """Extension module → its file, of those that were compiled for the env and are in it."""
+        return {
+            extension.module: folder / extension.file
+            for folder in self.site_packages
+            for extension in self.receipt.extensions
+            if (folder / extension.file).is_file()
+        }
+
+    @once
+    def loaded(self) -> tuple[Loaded, ...]:
+        """What a process loads that imports torch and the compiled extension modules."""
+        extensions = self.extension_files.values()
+        return loaded_with_torch(self.python, self.import_path, extensions, os.environ)
+
+    @once
+    def binaries(self) -> tuple[Binary, ...]:
+        """The shared objects of the env."""
+        return read_binaries(self.site_packages)
+
+    def _inspect(self, *options: str) -> Inspection:
+        assert self.config is not None, "checks that inspect the config need one"
+        renew = f"envbuilder fetch {self.recipe_file} && {self.remake_env}"
+        return inspect_config(self.python, self.config, *options, renew=renew)

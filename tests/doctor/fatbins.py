@@ -1,4 +1,4 @@
-"""Real ELF files with GPU code sections, made without CUDA."""
+"""Real ELF files, with GPU code sections or with one thing about what they need, made without CUDA."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 KINDS = {"compute": 1, "sm": 2}
 
 
+def make_library(path: Path, source: str, *options: str | Path, compiler: str = "gcc") -> Path:
+    """The shared object `path`, compiled from C (from C++ by "g++"); others need it by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    code = path.with_name(f"{path.name}.{'cpp' if compiler == 'g++' else 'c'}")
+    code.write_text(source, encoding="utf-8")
+    # Without --as-needed, which some compilers have by default: what is named is needed.
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{path.name},--no-as-needed", "-o", path, code]
+    subprocess.run([*command, *options], check=True)
+    code.unlink()
+    return path
+
+
 def make_extension(path: Path, *architectures: str) -> bytes:
     """A shared object at `path` with code for `architectures` ("sm_90", "compute_80"); returns its bytes."""
-    source = path.with_suffix(".c")
-    source.write_text("", encoding="utf-8")
-    subprocess.run(["gcc", "-shared", "-nostdlib", "-o", path, source], check=True)
+    make_library(path, "", "-nostdlib")
     if architectures:
         section = path.with_suffix(".fatbin")
         section.write_bytes(_fatbin(architectures))

@@ -9,7 +9,7 @@ import pytest
 from envbuilder.model import ProvidedPackages
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
-from tests.doctor.conftest import TinyEnv, cuda_recipe, make_lock, run_one
+from tests.doctor.conftest import TinyEnv, cuda_recipe, make_lock, run_one, torch_version
 from tests.lab.packages import make_wheel
 
 
@@ -179,3 +179,133 @@ def test_an_env_that_no_longer_reaches_the_provider_is_found(
     env = make_env(provided=provided)
     (env.site_packages / "envbuilder-provided.pth").unlink()
     assert "envbuilder-provided.pth" in env.check("env.distributions").evidence[0]
+
+
+def test_an_env_as_it_was_made_has_no_strays(env: TinyEnv) -> None:
+    (env.site_packages / "__pycache__").mkdir(exist_ok=True)
+    (env.site_packages / "__pycache__" / "tiny.cpython-311.pyc").write_bytes(b"")
+    assert env.check("env.strays").verdict == "ok"
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "sitecustomize.py", "usercustomize.py"])
+def test_a_stray_file_that_runs_at_every_start_is_a_failure_and_named(env: TinyEnv, name: str) -> None:
+    stray = env.site_packages / name
+    stray.write_text("import os\n", encoding="utf-8")
+    finding = env.check("env.strays")
+    assert (finding.verdict, finding.evidence) == ("failed", (str(stray),))
+
+
+def test_a_pth_file_that_a_wheel_brought_is_no_stray(make_env: Callable[..., TinyEnv]) -> None:
+    assert make_env(files={"tiny.pth": "import tiny\n"}).check("env.strays").verdict == "ok"
+
+
+def test_the_pth_file_of_provided_packages_is_no_stray(
+    make_env: Callable[..., TinyEnv], provided: ProvidedPackages
+) -> None:
+    assert make_env(provided=provided).check("env.strays").verdict == "ok"
+
+
+def test_other_files_and_links_that_no_record_lists_are_warned_of(env: TinyEnv, tmp_path: Path) -> None:
+    (env.site_packages / "helper.py").write_text("", encoding="utf-8")
+    (env.site_packages / "linked").symlink_to(tmp_path)
+    finding = env.check("env.strays")
+    assert finding.verdict == "warning"
+    assert set(finding.evidence) == {str(env.site_packages / name) for name in ("helper.py", "linked")}
+
+
+SCRIPTS = {
+    "beside": """#!/bin/sh
+\'\'\'exec\' "$(dirname -- "$(realpath -- "$0")")"/\'python\' "$0" "$@"
+\' \'\'\'
+""",
+    "shell": "#!/bin/sh\necho hello\n",
+    "own": "#!{bin}/python\n",
+    "any": "#!/usr/bin/env python3\n",
+}
+
+
+def put_script(env: TinyEnv, name: str, text: str, mode: int = 0o755) -> None:
+    script = env.folder / "bin" / name
+    script.write_text(text.replace("{bin}", str(env.folder / "bin")), encoding="utf-8")
+    script.chmod(mode)
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_scripts_that_find_the_envs_interpreter_pass(env: TinyEnv, kind: str) -> None:
+    put_script(env, "tool", SCRIPTS[kind])
+    assert env.check("env.scripts").verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("#!/gone/env/bin/python3.11\n", "which is not there"),
+        (f"#!{sys.executable}\n", f"is run by {sys.executable}"),
+        ("#!/bin/sh\n'''exec' /gone/a/very/long/path/bin/python \"$0\" \"$@\"\n' '''\n", "is not there"),
+        ("#!/bin/sh\n'''exec' \"/gone/with a space/bin/python\" \"$0\" \"$@\"\n' '''\n", "is not there"),
+    ],
+)
+def test_a_script_of_another_interpreter_is_named(env: TinyEnv, text: str, why: str) -> None:
+    put_script(env, "tool", text)
+    finding = env.check("env.scripts")
+    assert finding.verdict == "failed"
+    assert finding.evidence[0].startswith(str(env.folder / "bin" / "tool"))
+    assert why in finding.evidence[0]
+
+
+def test_a_script_that_may_not_be_executed_is_named(env: TinyEnv) -> None:
+    put_script(env, "tool", SCRIPTS["own"], mode=0o644)
+    assert env.check("env.scripts").evidence[0].endswith("is not executable")
+
+
+def test_an_env_whose_interpreter_is_gone_is_found(env: TinyEnv, tmp_path: Path) -> None:
+    assert env.check("env.interpreter").verdict == "ok"
+    for name in ("python", "python3"):
+        link = env.folder / "bin" / name
+        link.unlink()
+        link.symlink_to(tmp_path / "removed-module" / "bin" / "python3")
+    finding = env.check("env.interpreter")
+    assert finding.verdict == "failed"
+    assert "removed-module" in finding.evidence[1]
+
+
+@pytest.mark.parametrize("text", [None, "version = 3.11.7\n", "home = /removed-module/bin\n"])
+def test_an_env_whose_configuration_is_gone_or_leads_nowhere_is_found(env: TinyEnv, text: str | None) -> None:
+    config = env.folder / "pyvenv.cfg"
+    config.unlink()
+    if text is not None:
+        config.write_text(text, encoding="utf-8")
+    assert env.check("env.interpreter").verdict == "failed"
+
+
+def test_an_env_whose_interpreter_became_another_python_is_found(env: TinyEnv) -> None:
+    env.change_receipt(python="3.9.1")
+    finding = env.check("env.interpreter")
+    assert finding.verdict == "failed"
+    assert "3.9.1" in finding.summary
+
+
+def test_an_env_that_was_moved_is_warned_of(env: TinyEnv) -> None:
+    activate = env.folder / "bin" / "activate"
+    text = activate.read_text(encoding="utf-8")
+    assert str(env.folder) in text
+    activate.write_text(text.replace(str(env.folder), "/where/it/was"), encoding="utf-8")
+    finding = env.check("env.interpreter")
+    assert finding.verdict == "warning"
+    assert "/where/it/was" in finding.evidence[0]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "verdict"), [("13.0", "ok"), (None, "failed")], ids=["a CUDA build", "a CPU build"]
+)
+def test_a_cpu_torch_in_an_env_of_gpu_packages_is_found(
+    make_env: Callable[..., TinyEnv], cuda: str | None, verdict: str
+) -> None:
+    env = make_env(recipe=cuda_recipe("ext"), files=torch_version("2.11.0+x", cuda))
+    finding = env.check("env.torch")
+    assert finding.verdict == verdict
+    assert finding.evidence == (f"torch 2.11.0+x: CUDA {cuda}",)
+
+
+def test_a_cpu_torch_is_right_for_a_recipe_without_gpu_code(make_env: Callable[..., TinyEnv]) -> None:
+    assert make_env(files=torch_version("2.11.0+cpu", None)).check("env.torch").verdict == "skipped"

@@ -26,7 +26,7 @@ def test_every_check_has_an_id_of_its_own_and_says_what_it_looks_at() -> None:
 
 def test_without_a_recipe_the_checks_that_need_one_are_skipped_with_that_reason(root: Root) -> None:
     findings = run_checks(Subject(None, root, None), Quiet())
-    assert [finding.check for finding in findings] == [check.id for check in CHECKS]
+    assert [finding.check for finding in findings] == [check.id for check in choose_checks()]
     skipped = {f.check for f in findings if f.summary == "No recipe was given."}
     assert skipped == {check.id for check in CHECKS if "recipe" in check.needs}
     assert {"storage.free-space", "toolchain.compiler"}.isdisjoint(skipped)
@@ -60,7 +60,7 @@ def test_a_whole_env_passes_every_check_that_applies(make_env: Callable[..., Tin
     verdicts = {finding.check: finding.verdict for finding in findings}
     for check in ("platform.interpreter", "env.lock", "env.distributions", "env.records"):
         assert verdicts[check] == "ok"
-    assert "failed" not in verdicts.values()
+    assert not [finding for finding in findings if finding.verdict == "failed"]
 
 
 def _check(run: Callable[[Subject, Reporter], Outcome], id: str = "test.thing", **fields: Any) -> Check:
