@@ -7,7 +7,8 @@ $ENVBUILDER_TEST_ROOT). Without it they are left out, and a line says so; where 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from tests.lab.index_server import IndexServer
 
 REPOSITORY = Path(__file__).parent.parent
+Run = Callable[..., tuple[int, str, str]]
+"""A command's words → its exit code, standard output and standard error."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,22 @@ def server(tmp_path: Path) -> Iterator[IndexServer]:
     folder.mkdir()
     with IndexServer(folder) as server:
         yield server
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `envbuilder WORDS` in an empty folder; (exit code, standard output, standard error)."""
+    # Here: the trainer's tests run inside the env, which has nothing of what this imports.
+    from envbuilder.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ENVBUILDER_ROOT", raising=False)
+
+    def envbuilder(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["envbuilder", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return envbuilder

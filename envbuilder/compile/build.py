@@ -25,8 +25,8 @@ from envbuilder.shared_object import SharedObjectError
 
 _LAST_LINES = 12
 """How much of a failed build's log goes into the error."""
-# "file.cu(132): error: …", "file.cpp:7:10: fatal error: …": many compilers run at once, so that the last lines
-# are seldom of the one that failed.
+# "file.cu(132): error: …", "file.cpp:7:10: fatal error: …". Many compilers run at once, so that a log's last
+# lines are seldom of one that failed.
 _COMPILER_ERROR = re.compile(r"^\S[^\n]*?[:(]\d+[:)].*?\berror\b.*$", re.MULTILINE)
 
 
@@ -177,7 +177,7 @@ def _serves(made: Sequence[str], capabilities: Sequence[str], *, ptx: bool) -> b
     )
 
 
-def _told_by(log: Path) -> dict[str, object]:
+def _told_by(log: Path) -> dict[str, str]:
     """What a failed build's log says: the first error of a compiler, if there is one, and the last lines."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]

@@ -14,8 +14,8 @@ Need = Literal["recipe", "env", "bundle", "gpu", "gpus", "site", "config", "slur
 """What a check can't do without: a recipe, an env that is installed, a bundle that is fetched, a GPU, several
 GPUs, a site, a training config, Slurm's commands."""
 Cost = Literal["quick", "rehash", "gpu", "asked"]
-"""`quick`: seconds at most. `rehash`: reads all bytes. `gpu`: works on the GPU, or loads torch into processes of
-its own; one at a time, so that none disturbs another. `asked`: run only where it is asked for by name."""
+"""`quick`: seconds at most. `rehash`: reads all bytes. `gpu`: works on the GPU, or loads torch into processes
+of its own; one at a time, so that none disturbs another. `asked`: run only where it is asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)

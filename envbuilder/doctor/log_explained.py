@@ -11,7 +11,7 @@ from typing import BinaryIO
 from envbuilder.doctor.log_lines import Line, read_blocks
 from envbuilder.doctor.log_scan import Hit, Scan, scan_log
 from envbuilder.doctor.log_torchrun import RootCause
-from envbuilder.doctor.log_traces import PythonError
+from envbuilder.doctor.log_traces import PythonError, Telling
 from envbuilder.doctor.signatures import Signature, known_in, signatures
 from envbuilder.errors import InputError
 from envbuilder.model import Finding
@@ -53,20 +53,25 @@ def _opened(name: str) -> Iterator[BinaryIO]:
 def explain_scan(scan: Scan) -> tuple[Finding, ...]:
     """The findings: causes, what is unknown, what only follows from something else, what can be survived."""
     if not scan.lines:
-        return (Finding(check="log.empty", verdict="skipped", summary="The log is empty: nothing to explain."),)
+        return (
+            Finding(check="log.empty", verdict="skipped", summary="The log is empty: nothing to explain."),
+        )
     by_kind: dict[str, list[list[Hit]]] = {"cause": [], "symptom": [], "consequence": [], "note": []}
     for hits in _grouped(scan):
         by_kind[hits[0].signature.kind].append(hits)
+    first_failed = _first_failed(scan)
     unknown = [error for error in scan.errors if not known_in(error.line.text)]
+    unknown.sort(key=lambda error: (error.line.speaker not in first_failed, error.line.number))
+    telling = scan.telling.without(known_in)
     followers = by_kind["symptom"] + by_kind["consequence"]
+    aside: list[str] = []
     if by_kind["cause"]:
         named = [_failure(hits) for hits in by_kind["cause"][:_CAUSES_SHOWN]]
         aside = [f"also raised: {_error(error)}" for error in unknown[:_RANKS_SHOWN]]
-    elif unknown or not followers:
-        telling = [line for line in scan.telling.lines if not known_in(line.text)]
-        named, aside = ([_unknown(unknown, telling)] if unknown or telling else []), []
+    elif unknown or telling.compiler or (telling.other and not followers):
+        named = [_unknown(unknown, telling, has_ended=bool(followers))]
     else:
-        named, aside = [_failure(followers[0])], []
+        named = [_failure(hits) for hits in followers[:1]]
         followers = followers[1:]
     if named:
         named[0] = _with_evidence(named[0], [*aside, *_followed(followers), *_told(scan.roots)])
@@ -86,7 +91,7 @@ def _grouped(scan: Scan) -> list[list[Hit]]:
     What the rank says that torchrun saw fail first comes before other ranks' words: a log's order is that
     of its buffers. Of several signatures in one line, the table's first one counts.
     """
-    first_failed = frozenset[str]().union(*(root.speakers for root in scan.roots))
+    first_failed = _first_failed(scan)
     lines: set[Line] = set()
     found: dict[Signature, list[Hit]] = {}
     order = {signature: place for place, signature in enumerate(signatures())}
@@ -100,6 +105,10 @@ def _grouped(scan: Scan) -> list[list[Hit]]:
         return hits[0].signature.rank, not by_root, hits[0].line.number
 
     return sorted(found.values(), key=importance)
+
+
+def _first_failed(scan: Scan) -> frozenset[str]:
+    return frozenset[str]().union(*(root.speakers for root in scan.roots))
 
 
 def _failure(hits: list[Hit]) -> Finding:
@@ -119,14 +128,17 @@ def _failure(hits: list[Hit]) -> Finding:
     )
 
 
-def _unknown(errors: list[PythonError], telling: list[Line]) -> Finding:
-    shown = [_error(error) for error in errors[:_RANKS_SHOWN]] or [_quoted(line, ">") for line in telling]
+def _unknown(errors: list[PythonError], telling: Telling, *, has_ended: bool) -> Finding:
+    """`has_ended`: something else in the log says that the run ended by a failure."""
+    shown = [_error(error) for error in errors[:_RANKS_SHOWN]]
+    lines = telling.compiler or telling.other
+    shown += [_quoted(line, ">") for line in (telling.compiler if shown else lines)]
     return Finding(
         check="log.unknown",
-        verdict="warning",
+        verdict="failed" if has_ended else "warning",
         summary="The log speaks of a failure that is not among the known ones; these lines tell most.",
         evidence=tuple(shown),
-        remedy="Look there first. If it is the environment's doing, envbuilder doctor RECIPE looks for the reason.",
+        remedy="Look there first; what in the environment may be the reason shows: envbuilder doctor RECIPE",
     )
 
 

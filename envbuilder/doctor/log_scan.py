@@ -11,7 +11,7 @@ from envbuilder.doctor.log_torchrun import ROOT_CAUSE, RootCause
 from envbuilder.doctor.log_traces import TELLING_WORDS, TRACEBACK, PythonError, Telling, TraceReader
 from envbuilder.doctor.signatures import LINES_AFTER, Signature, signatures
 
-LINES_BEFORE = 2
+LINES_BEFORE = 3
 SPEAKERS_AT_MOST = 4096
 """More ranks than this (a log of nonsense) are taken for one."""
 _TAIL_CHARS = 4 * 1024
@@ -141,4 +141,6 @@ class _Scanner:
     def _speaker(self, name: str) -> _Speaker:
         if name not in self._speakers and len(self._speakers) >= SPEAKERS_AT_MOST:
             name = ""
-        return self._speakers.setdefault(name, _Speaker())
+        if name not in self._speakers:
+            self._speakers[name] = _Speaker()
+        return self._speakers[name]

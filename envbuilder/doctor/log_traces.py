@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from envbuilder.doctor.log_lines import Line
@@ -23,6 +24,8 @@ _FAILURE = re.compile(
     r"(?:^|[\s\]>])(?:fatal(?: error)?|error|Error|Fatal|FATAL|ERROR|CRITICAL|Fatal Python error)\s*:"
     r"\s+(?![-+]?[\d.])\S|\[(?:ERROR|FATAL|CRITICAL)\]|\bcore dumped\b"
 )
+_NO_FAILURE = re.compile(r"^\s*\d* \| |Warning:|WARNING")
+"""A compiler's quotation of the source, and warnings."""
 _TRACE_LINES_AT_MOST = 2000
 _TELLING_AT_MOST = 3
 
@@ -95,15 +98,23 @@ class Telling:
 
     def read(self, line: Line) -> None:
         """Keeps the line where it tells and enough aren't kept already."""
+        if not any(word in line.text for word in TELLING_WORDS):
+            return
         if len(self.compiler) < _TELLING_AT_MOST and _COMPILER.search(line.text):
             self.compiler.append(line)
-        elif len(self.other) < _TELLING_AT_MOST and _FAILURE.search(line.text):
+        elif (
+            len(self.other) < _TELLING_AT_MOST
+            and _FAILURE.search(line.text)
+            and not _NO_FAILURE.search(line.text)
+        ):
             self.other.append(line)
 
-    @property
-    def lines(self) -> list[Line]:
-        """The most telling first."""
-        return self.compiler + self.other
+    def without(self, is_known: Callable[[str], object]) -> Telling:
+        """Those whose text is nothing that is known."""
+        compiler, other = (
+            [line for line in lines if not is_known(line.text)] for lines in (self.compiler, self.other)
+        )
+        return Telling(compiler, other)
 
 
 def _indent(text: str) -> int:

@@ -59,7 +59,7 @@ def known_in(window: str) -> Signature | None:
 
 
 def remedy_for(text: str, recipe_file: str) -> str | None:
-    """The remedy of the first cause in `text` (a short one: an error's message), for the recipe in this file."""
+    """The remedy of the first cause in `text`, an error's message, for the recipe in this file."""
     lines = text.splitlines()
     windows = ("\n".join(lines[at : at + 1 + LINES_AFTER]) for at in range(len(lines)))
     found = [signature for window in windows if (signature := known_in(window))]

@@ -262,7 +262,8 @@ def test_a_failing_build_says_why_and_leaves_only_its_log(tmp_path: Path) -> Non
     recipe = recipe_of({"PLAIN_BEHAVIOUR": "fails"})
     with pytest.raises(BuildError) as caught:
         build(tmp_path, recipe, bundle_of(tmp_path, recipe))
-    assert "unknown type name 'nonsense'" in caught.value.context["last lines"]
+    assert caught.value.context["first error"] == "plain.c:1:1: error: unknown type name 'nonsense'"
+    assert "[20/20] compiled" in caught.value.context["last lines"]
     assert caught.value.remedy == f"envbuilder doctor --log {caught.value.context['log']}"
     assert "nonsense" in Path(caught.value.context["log"]).read_text(encoding="utf-8")
     assert left_over(tmp_path) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ import pytest
 from rich.console import Console
 
 from envbuilder import __version__
-from envbuilder.cli import main
 from envbuilder.display import print_checks, print_findings
 from envbuilder.doctor import CHECKS
 from envbuilder.doctor.facts import EnvFacts, Facts, GpuFacts, MachineFacts, SubjectFacts
 from envbuilder.findings import counted, counts
 from envbuilder.model import Finding
+from tests.conftest import Run
 
-Run = Callable[..., tuple[int, str, str]]
 REMEDY = "envbuilder install recipes/nemotron3-nano-h200.toml --reinstall && " + "envbuilder doctor " * 6
 FINDINGS = (
     Finding(check="platform.glibc", verdict="ok", summary="glibc 2.36 will do.", evidence=("found: 2.36",)),
@@ -38,22 +35,6 @@ FINDINGS = (
     Finding(check="gpu.driver", verdict="skipped", summary="This machine has no GPU."),
     Finding(check="data.lines", verdict="skipped", summary="No training config was given."),
 )
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `envbuilder WORDS` in an empty folder; (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ENVBUILDER_ROOT", raising=False)
-
-    def envbuilder(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["envbuilder", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return envbuilder
 
 
 @pytest.fixture

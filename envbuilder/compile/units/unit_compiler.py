@@ -34,7 +34,7 @@ _WORTH_CUTTING = 90.0
 """Seconds. A shorter unit is seldom what a build waits for."""
 
 _STEADY_NAMES = "--objdir-as-tempdir"
-"""Else the object names an intermediate file, and with it the process that nvcc had: no two would be equal."""
+"""Else the object names an intermediate file, and so the process that nvcc had: no two would be equal."""
 
 _KEPT = TypeAdapter(
     tuple[tuple[str, ...], bytes, bytes], config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
@@ -262,20 +262,23 @@ class UnitCompiler:
         """Compiles `unit` whole and in shards, both without compression, and compares their kernels."""
         objects = [f"{piece.output}.plain.o" for piece in pieces]
         whole, joined = f"{unit.output}.whole.o", f"{unit.output}.joined.o"
-        depfile = f"{unit.output}.proof.d"
+        named = self._id(call, unit, source)
+        estimates = [piece.estimate for piece in pieces]
+
+        def compile_plain(text: str, output: str, estimate: Estimate) -> None:
+            more = ["-no-compress"]
+            command = unit.command(call.real, source=text, output=output, depfile=f"{output}.d", more=more)
+            with self._broker.slot(named, estimate) as slot:
+                ran = call.run(command)
+                slot.finish(Outcome(ran.cpu_seconds, ran.peak_rss_bytes, ran.status))
+            if ran.status != 0:
+                raise DriverError(f"the proof of {source} can't be compiled: {ran.stderr.decode()[-500:]}")
+
         try:
-            todo = [*zip((piece.source for piece in pieces), objects, strict=True), (source, whole)]
-            for text, output in todo:
-                command = unit.command(
-                    call.real, source=text, output=output, depfile=depfile, more=["-no-compress"]
-                )
-                with self._broker.slot(self._id(call, unit, text), pieces[0].estimate) as slot:
-                    ran = call.run(command)
-                    slot.finish(Outcome(ran.cpu_seconds, ran.peak_rss_bytes, ran.status))
-                if ran.status != 0:
-                    raise DriverError(
-                        f"the proof of {source} can't be compiled: {ran.stderr.decode()[-500:]}"
-                    )
+            texts = [*(piece.source for piece in pieces), source]
+            estimates.append(self._records.estimate(named, len(call.read(source))))
+            with ThreadPoolExecutor(len(texts)) as pool:
+                list(pool.map(compile_plain, texts, [*objects, whole], estimates))
             call.run(self._joining(call, objects, joined))
             with tempfile.TemporaryDirectory() as folder:
                 one, other = Path(folder, "whole.o"), Path(folder, "joined.o")
@@ -285,7 +288,8 @@ class UnitCompiler:
             with self.ledger.lock:
                 self.ledger.proofs[self._named(source)] = proof
         finally:
-            call.remove([*objects, whole, joined, depfile])
+            made = [*objects, whole]
+            call.remove([*made, joined, *(f"{path}.d" for path in made)])
 
     def _joining(self, call: DriverCall, objects: Sequence[str], output: str) -> list[str]:
         paths = [Path(call.absolute(path)) for path in objects]

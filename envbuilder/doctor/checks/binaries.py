@@ -96,7 +96,7 @@ def _unknown_gpu(subject: Subject) -> list[str]:
 
 def _served(subject: Subject, *others: str) -> str:
     here = ["the GPUs here"] if subject.gpus.devices else []
-    site = ["the site's"] if any("of site" in gpu for gpu, _ in _gpus(subject)) else []
+    site = ["the GPUs of the site"] if any("of site" in gpu for gpu, _ in _gpus(subject)) else []
     return " and ".join([*(f"the GPUs of {other}" for other in others), *here, *site])
 
 

@@ -110,7 +110,7 @@ def check_wheels(subject: Subject, reporter: Reporter) -> Outcome:
             reporter.progress("hashing the wheelhouse", done, len(wheels), "files")
     if faults:
         return failed(
-            f"{len(faults)} things in the wheelhouse are not what was built.",
+            f"The wheelhouse is not as it was built, in {len(faults)} places.",
             *shown(faults),
             remedy=subject.rebuild,
         )

@@ -136,16 +136,15 @@ def check_libstdcxx(subject: Subject, reporter: Reporter) -> Outcome:
     others = list(_others([library], names=re.compile(re.escape(_LIBSTDCXX))))
     evidence = [_described(library), *map(_not_loaded, others)]
     there = library.file.versions()
-    lacking = [
-        f"{user.path} needs {need.version}"
-        for user in subject.loaded
-        for need in user.file.version_needs()
-        if need.library == _LIBSTDCXX and need.version not in there
-    ]
+    lacking = []
+    for user in subject.loaded:
+        needed = {need.version for need in user.file.version_needs() if need.library == _LIBSTDCXX}
+        if missing := sorted(needed - there, key=_order):
+            lacking.append(f"{user.path} needs {missing[-1]}")
     set_by_user = library.through in ("LD_LIBRARY_PATH", "LD_PRELOAD")
     if lacking:
         return failed(
-            f"The C++ library that is loaded, {library.path}, is too old for {len(lacking)} symbol versions.",
+            f"The C++ library that is loaded, {library.path}, is too old for {len(lacking)} others.",
             *evidence,
             *shown(lacking),
             remedy=_remedy(subject, library) if set_by_user else _newer_libstdcxx(subject),
@@ -173,6 +172,12 @@ def _newest(path: Path) -> str | None:
         return highest_version("GLIBCXX", sorted(SharedObject(path).versions()))
     except SharedObjectError:
         return None
+
+
+def _order(version: str) -> tuple[str, tuple[int, ...]]:
+    """GLIBCXX's after CXXABI's, and each by its number."""
+    name, _, number = version.partition("_")
+    return name, tuple(int(part) for part in re.findall(r"\d+", number))
 
 
 def _number(version: str | None) -> tuple[int, ...]:

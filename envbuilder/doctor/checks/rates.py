@@ -97,7 +97,8 @@ def judge_rates(
             *evidence,
             remedy="Measure again when no other process is on it (envbuilder doctor --only gpu.processes)"
             if busy
-            else f"See what holds it back: envbuilder doctor --only gpu.clocks --only gpu.health. {ANOTHER_NODE}",
+            else "See what holds it back: envbuilder doctor --only gpu.clocks --only gpu.health. "
+            f"{ANOTHER_NODE}",
         )
     return ok(f"{len(gpus)} GPUs multiply and copy as fast as they should.", *evidence)
 

@@ -95,7 +95,8 @@ def _judge_shadows(shadows: list[Shadow], evidence: list[str], variable: str, ha
             remedy=remedy,
         )
     return warning(
-        f"{variable} puts other builds of {names} before the env's own; envbuilder train runs with it.",
+        f"{variable} puts other builds of {names} before those that would be loaded without it; "
+        "envbuilder train runs with it.",
         *evidence,
         remedy=remedy,
     )

@@ -16,7 +16,9 @@ import zipfile
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     behaviour = os.environ.get("PLAIN_BEHAVIOUR", "")
     if behaviour == "fails":
-        print("plain.c:1:1: error: unknown type name 'nonsense'", flush=True)
+        print("plain.c:1:1: error: unknown type name 'nonsense'")
+        # What other compilers, which ran beside it, had to say.
+        print("\n".join(f"[{number}/20] compiled" for number in range(1, 21)), flush=True)
         sys.exit(1)
     version = "2.0" if behaviour == "other-version" else "1.0"
     info = f"plain-{version}.dist-info"
