@@ -121,6 +121,11 @@ def test_extension_modules_are_imported_after_torch_by_the_envs_interpreter(
     assert env.check("env.imports").verdict == "ok"
 
 
+def test_an_env_without_torch_imports_its_extension_modules_alone(make_env: Callable[..., TinyEnv]) -> None:
+    env = make_env(recipe=cuda_recipe("ext"), files={"ext.py": "x = 1\n"})
+    assert env.check("env.imports").verdict == "ok"
+
+
 def test_an_extension_that_does_not_import_is_named_with_its_error_and_a_fitting_remedy(
     make_env: Callable[..., TinyEnv],
 ) -> None:

@@ -25,6 +25,7 @@ from envbuilder.doctor.installed import (
     read_torch,
     recorded_files,
 )
+from envbuilder.doctor.loading import torch_folder
 from envbuilder.doctor.scripts import run_script
 from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
@@ -167,16 +168,18 @@ def check_imports(subject: Subject, reporter: Reporter) -> Outcome:
     if not modules:
         return skipped("The recipe names no extension modules.")
     rebuild = f"envbuilder compile {subject.recipe_file} --local --rebuild"
+    # Modules that are linked with torch find its libraries only once it is loaded; others need none.
+    first = ["torch"] if torch_folder(subject.import_path) else []
     errors = run_script(
-        subject.python, "importing.py", "torch", *modules, timeout_s=IMPORT_TIMEOUT_S, remedy=rebuild
+        subject.python, "importing.py", *first, *modules, timeout_s=IMPORT_TIMEOUT_S, remedy=rebuild
     )
     faults = {module: str(error) for module, error in errors.items() if error}
     if faults:
-        first = next(iter(faults.values()))
+        reason = next(iter(faults.values()))
         return failed(
             f"{', '.join(faults)} can't be imported in the env.",
             *(f"{module}: {error}" for module, error in faults.items()),
-            remedy=remedy_for(first, subject.recipe_file) or rebuild,
+            remedy=remedy_for(reason, subject.recipe_file) or rebuild,
         )
     return ok(f"{', '.join(modules)} can be imported.")
 
