@@ -113,10 +113,13 @@ def make_folder(path: Path) -> None:
                 shared = False
         made.chmod(FOLDER_MODE | (stat.S_IWGRP if shared else 0))
         made.rename(path)  # in the place of an empty one, if another process was faster
-    except OSError:
+    except OSError as error:
         made.rmdir()
-        if not path.is_dir():
+        if path.is_dir():
+            return
+        if error.errno != errno.ENOTEMPTY:
             raise
+        make_folder(path)  # one that another process had made, and has taken away since
 
 
 def refuse_world_writable(folder: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -119,6 +120,28 @@ def test_a_place_where_one_may_not_write_is_a_typed_error(tmp_path: Path) -> Non
 def test_other_system_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), writing(tmp_path, 1):
         (tmp_path / "absent").read_bytes()
+
+
+def test_a_folder_that_another_process_makes_and_takes_away_meanwhile_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+    met: list[Path] = []
+
+    def late(self: Path, target: Path) -> Path:
+        if met:
+            return rename(self, target)
+        met.append(target)
+        Path(target, "page").mkdir(parents=True)
+        try:
+            return rename(self, target)
+        finally:
+            shutil.rmtree(target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    make_folder(tmp_path / "new")
+    assert met == [tmp_path / "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_making_a_folder_that_is_there_changes_nothing(tmp_path: Path) -> None:
