@@ -1,8 +1,8 @@
 """`python -m trainer CONFIG.yaml --run-dir DIR [--set section.key=value …]`, alone or under torchrun.
 
-Exit codes: 0 finished, 3 wrong config or data, 7 missing GPU or kernels, 10 training failed, 75 stopped
-in good order. torchrun turns them into 1, so `DIR/outcome.json`, written by rank 0 at the very end, is
-what counts.
+Exit codes: 0 finished, 3 wrong config, data or package versions, 7 missing GPU or kernels, 10 training
+failed, 75 stopped in good order. torchrun turns them into 1, so `DIR/outcome.json`, written by rank 0 at
+the very end, is what counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trainer.errors import EnvironmentMismatch, TrainerError, TrainingFailed
 from trainer.files import write_atomically
 from trainer.outcome import Progress, Status, write_outcome
 from trainer.reading import dump_config, read_config
+from trainer.versions import check_versions
 
 STOP_FILE = "stop"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -51,9 +52,16 @@ def main() -> int:
     """Runs the training that the command line asks for, and says with the exit code how it ended."""
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__.partition("\n")[0])
     parser.add_argument("config", type=Path)
-    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--plan", action="store_true", help="print what a GPU must hold, and train nothing")
+    parser.add_argument("--processes", type=int, default=1, help="with --plan: that will train")
+    parser.add_argument("--gpu-memory-gib", type=float, help="with --plan: of each GPU")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
+    if arguments.plan:
+        return _plan(arguments.config, arguments.overrides, arguments.processes, arguments.gpu_memory_gib)
+    if arguments.run_dir is None:
+        parser.error("--run-dir is missing")
     run_dir: Path = arguments.run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     first = os.environ.get("RANK", "0") == "0"
@@ -77,15 +85,33 @@ def main() -> int:
     if error is None:
         return 0
     if first:
-        facts = "".join(f"\n  {key}: {value}" for key, value in error.context.items())
-        print(f"{error.message}{facts}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
+        print(error.told(), file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _plan(file: Path, overrides: list[str], processes: int, gpu_memory_gib: float | None) -> int:
+    """Prints where the model would lie and what each GPU must hold."""
+    if gpu_memory_gib is not None:
+        overrides = [*overrides, f"distributed.gpu_memory_gib={gpu_memory_gib}"]
+    os.environ.update(OFFLINE)
+    warnings.simplefilter("ignore")
+    try:
+        config = read_config(file, overrides)
+        check_versions()
+        from trainer.placement import describe
+
+        print(describe(config, processes=processes))
+    except TrainerError as error:
+        print(error.told(), file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def _run(
     file: Path, run_dir: Path, overrides: list[str], progress: Progress, stop: StopRequest, *, first: bool
 ) -> None:
     config = read_config(file, overrides)
+    check_versions()
     if first:
         write_atomically(run_dir / "config.yaml", dump_config(config))
     os.environ.update(OFFLINE)
@@ -116,8 +142,8 @@ def _unexpected(problem: Exception) -> TrainerError:
     if kind == "OutOfMemoryError":
         return TrainingFailed(
             "The GPU's memory is full.",
-            remedy="lower step_scheduler.local_batch_size or dataset.seq_length, or set "
-            "distributed.activation_checkpointing: true",
+            remedy="--set step_scheduler.local_batch_size=1 --set distributed.activation_checkpointing=true, "
+            "on several GPUs also --set distributed.placement=shard",
             context={"error": str(problem).splitlines()[0]},
         )
     return TrainingFailed(

@@ -70,8 +70,6 @@ class ModelSection(Section):
     tokenizer: Annotated[str, AfterValidator(_byte_or_folder)] | None = None
     """`byte` for the project's own byte-level tokenizer; a folder; by default the model's folder."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = False
-    """Taken for compatibility: the supported families are native in transformers, no other code is run."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -89,19 +87,21 @@ class ModelSection(Section):
 
 
 class PeftSection(Section):
-    """LoRA (arXiv:2106.09685) on linear layers: y = Wx + alpha/dim · B(A(dropout(x)))."""
+    """LoRA (arXiv:2106.09685) on linear layers and routed experts: y = Wx + alpha/dim · B(A(dropout(x)))."""
 
     dim: PositiveInt = 8
     """The rank r."""
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    use_rslora: bool = False
+    """alpha/√dim in place of alpha/dim (arXiv:2312.03732)."""
     match_all_linear: bool = False
     """Every linear layer of the blocks, see `lora.py`."""
+    match_routed_experts: bool = False
+    """Every projection of the routed experts, beside what the other keys name."""
     target_modules: Names | None = None
-    """Module names or their endings (`q_proj`, `mixer.in_proj`), `*` stands for anything."""
+    """Names or their endings (`q_proj`, `mixer.in_proj`, `experts.down_proj`), `*` stands for anything."""
     exclude_modules: Names = ()
-    use_triton: bool = False
-    """Taken for compatibility: it changes nothing here."""
 
     @model_validator(mode="after")
     def _one_way_of_naming(self) -> PeftSection:
@@ -121,6 +121,12 @@ class DatasetSection(Section):
     seq_length: int = Field(default=2048, ge=2)
     """Tokens; a longer example is cut or left out as `overlong` says, and counted."""
     overlong: Literal["truncate", "drop"] = "truncate"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Every assistant turn, the last assistant turn only, or every token but the first."""
+    packing: bool = False
+    """Several examples in a row of seq_length tokens, kept apart exactly; batch sizes count rows then."""
+    shuffle: bool = True
+    """A new order for each epoch, drawn from the seed; false: the file's own."""
     examples: PositiveInt = 64
     """How many examples kind: synthetic makes; each has seq_length tokens, all trained."""
 
@@ -165,10 +171,12 @@ class OptimizerSection(Section):
 
 
 class LrSchedulerSection(Section):
-    """Linear warm-up, then decay from `lr` to `min_lr` at the last step."""
+    """Linear warm-up from `init_lr` to `lr`, then decay to `min_lr` at the last step."""
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(default=0, ge=0)
+    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = 0
+    """null: a tenth of the steps, at most 1,000."""
+    init_lr: float = Field(default=0.0, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
 
 
@@ -176,7 +184,12 @@ class DistributedSection(Section):
     """How several processes share the work."""
 
     strategy: Literal["fsdp2"] = "fsdp2"
-    activation_checkpointing: bool = False
+    placement: Literal["auto", "replicate", "shard"] = "auto"
+    """The base model whole on every GPU, or shared out over all; auto: whole where the memory is enough."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Computes each block again in the backward pass; auto: where the memory isn't enough without."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """Take no more than so much of each GPU."""
     timeout_minutes: PositiveInt = 30
     """A collective operation that takes longer ends the run."""
 
@@ -204,6 +217,11 @@ class Config(Section):
     lr_scheduler: LrSchedulerSection = LrSchedulerSection()
     distributed: DistributedSection = DistributedSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    _notes: tuple[str, ...] = ()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Keeps what `nemo.py` found in the file that has no effect."""
+        self._notes = (context or {}).get("notes", ())
 
     @model_validator(mode="after")
     def _validation_has_data(self) -> Config:
@@ -213,11 +231,4 @@ class Config(Section):
 
     def notes(self) -> tuple[str, ...]:
         """What the config says that has no effect here."""
-        found = []
-        if self.model.trust_remote_code:
-            found.append(
-                "model.trust_remote_code: no remote code is run, the model is native in transformers"
-            )
-        if self.peft.use_triton:
-            found.append("peft.use_triton: has no effect, LoRA runs as PEFT's own layers")
-        return tuple(found)
+        return self._notes

@@ -11,14 +11,31 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+FIELDS = ("role", "content", "name", "tool_call_id")
+ASSISTANT_FIELDS = ("reasoning_content", "tool_calls")
+TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content")
 SHOWN_PROBLEMS = 20
 SHOWN_PAIRS = 5
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-def read_messages(line: bytes) -> list[dict[str, str]]:
+Message = dict[str, Any]
+"""As the chat template gets it."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One line of data."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that may be called."""
+
+
+def read_conversation(line: bytes) -> Conversation:
     """The conversation of one line. Raises ValueError with what is wrong with it."""
     try:
         record = json.loads(line)
@@ -26,27 +43,72 @@ def read_messages(line: bytes) -> list[dict[str, str]]:
         raise ValueError(f"not JSON ({problem})") from problem
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise ValueError('not a {"messages": [...]} object')
-    messages = record["messages"]
-    if not messages:
+    if not record["messages"]:
         raise ValueError("the conversation is empty")
-    for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {turn} has no text in content")
-        if message.get("role") not in ROLES:
-            raise ValueError(f"message {turn} has the unknown role {message.get('role')!r}")
-        _refuse_half_characters(turn, message["content"])
+    messages = [_read_message(turn, message) for turn, message in enumerate(record["messages"], start=1)]
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("no assistant turn, nothing to train on")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    tools = record.get("tools")
+    if tools is not None:
+        if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise ValueError("tools is not a list of objects")
+        _refuse_half_characters("tools", tools)
+    return Conversation(messages, tools or None)
 
 
-def _refuse_half_characters(turn: int, content: str) -> None:
+def _read_message(turn: int, found: object) -> Message:
+    """The message as it is, without fields that are null."""
+    if not isinstance(found, dict):
+        raise ValueError(f"message {turn} has no text in content")
+    message: Message = {name: value for name, value in found.items() if value is not None}
+    if "tool_calls" in message:
+        message.setdefault("content", "")  # templates may print a null as "None"
+        if not _is_tool_calls(message["tool_calls"]):
+            raise ValueError(
+                f"message {turn} has tool_calls that are no list of function names and arguments"
+            )
+    if not _is_text(message.get("content")):
+        raise ValueError(f"message {turn} has no text in content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message {turn} has the unknown role {role!r}")
+    known = (*FIELDS, *ASSISTANT_FIELDS) if role == "assistant" else FIELDS
+    if unknown := sorted(set(message) - set(known)):
+        raise ValueError(f"message {turn}, of the {role}, has the unknown field {unknown[0]!r}")
+    if not all(isinstance(message.get(name, ""), str) for name in TEXT_FIELDS):
+        raise ValueError(f"message {turn} has a field among {', '.join(TEXT_FIELDS)} that is no text")
+    _refuse_half_characters(f"message {turn}", message)
+    return message
+
+
+def _is_text(content: object) -> bool:
+    if isinstance(content, list):
+        return bool(content) and all(
+            isinstance(part, dict)
+            and part.keys() == {"type", "text"}
+            and part["type"] == "text"
+            and isinstance(part["text"], str)
+            for part in content
+        )
+    return isinstance(content, str)
+
+
+def _is_tool_calls(calls: object) -> bool:
+    return isinstance(calls, list) and all(
+        isinstance(call, dict)
+        and isinstance(function := call.get("function", call), dict)
+        and isinstance(function.get("name"), str)
+        for call in calls
+    )
+
+
+def _refuse_half_characters(place: str, value: object) -> None:
     """JSON can spell half of a character beyond U+FFFF (as backslash ud83d); no tokenizer takes it."""
     try:
-        content.encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as problem:
-        half = f"U+{ord(content[problem.start]):04X}"
-        raise ValueError(f"message {turn} holds half of a character ({half}), which is no text") from problem
+        half = f"U+{ord(problem.object[problem.start]):04X}"
+        raise ValueError(f"{place} holds half of a character ({half}), which is no text") from problem
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -114,7 +176,7 @@ def scan(
             break
         found.lines += 1
         try:
-            digest = _digest(read_messages(line))
+            digest = _digest(read_conversation(line))
         except ValueError as problem:
             found.problems += 1
             if found.problems <= SHOWN_PROBLEMS:
@@ -129,5 +191,6 @@ def scan(
     return found
 
 
-def _digest(messages: list[dict[str, str]]) -> bytes:
-    return hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+def _digest(conversation: Conversation) -> bytes:
+    text = json.dumps([conversation.messages, conversation.tools])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

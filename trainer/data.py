@@ -1,12 +1,13 @@
 """Examples from a chat JSONL file (or random tokens), their order, and padded batches.
 
-The order is a stream: a permutation of the examples for each epoch, drawn from seed and epoch alone. Step
-n takes the next `global_batch_size` examples of it whatever the number of processes is, so the position
-in the stream is all that a checkpoint needs.
+A row of a batch is one example, or several that are packed. The order is a stream of rows: for each epoch a
+permutation drawn from seed and epoch alone. Step n takes the next `global_batch_size` rows of it whatever
+the number of processes is, so the position in the stream is all that a checkpoint needs.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.chat import IGNORED, InexactTemplate, encode
+from trainer.chat import IGNORED, encode
 from trainer.config import DatasetSection
-from trainer.conversations import read_messages
+from trainer.conversations import read_conversation
 from trainer.errors import DataError
+from trainer.packing import WINDOW, Layout, layout_of, pack
 
 SHOWN_FAULTS = 10
 LENGTH_MULTIPLE = 8
@@ -35,9 +37,13 @@ class Example:
     """Where it stands in its file, from 1."""
 
 
+Row = tuple[Example, ...]
+"""What one row of a batch holds."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded on the right to one length. Shape of both tensors: [sequences, length], int64."""
+    """Rows padded on the right to one length. Shape of both tensors: [rows, length], int64."""
 
     input_ids: Tensor
     labels: Tensor
@@ -45,11 +51,17 @@ class Batch:
     """Without padding."""
     trained_tokens: int
     lines: tuple[int, ...]
+    layout: Layout = field(default_factory=dict)
+    """How packed rows are divided, for the model's forward; empty where each row is one example."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         ids, labels = (part.to(device, non_blocking=True) for part in (self.input_ids, self.labels))
-        return Batch(ids, labels, self.tokens, self.trained_tokens, self.lines)
+        layout: Layout = {
+            name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
+            for name, part in self.layout.items()
+        }
+        return Batch(ids, labels, self.tokens, self.trained_tokens, self.lines, layout)
 
 
 @dataclass(frozen=True)
@@ -62,11 +74,30 @@ class Dataset:
     """Lines of examples that were cut to seq_length."""
     dropped: tuple[int, ...] = ()
     """Lines of examples that were left out: longer than seq_length, or nothing trained within it."""
+    row_length: int | None = None
+    """Tokens of a row that examples are packed into; None: each example is a row."""
+
+    def rows(self, order: Sequence[int]) -> list[Row]:
+        """The examples of these numbers, in rows; packed ones a window after the other."""
+        if self.row_length is None:
+            return [(self.examples[number],) for number in order]
+        return [
+            tuple(self.examples[order[start + place]] for place in row)
+            for start in range(0, len(order), WINDOW)
+            for row in pack(
+                [len(self.examples[number].input_ids) for number in order[start : start + WINDOW]],
+                self.row_length,
+            )
+        ]
 
     def figures(self) -> dict[str, object]:
         """What the run's summary shows."""
         tokens = sum(len(example.input_ids) for example in self.examples)
         trained = sum(trained_tokens(example) for example in self.examples)
+        rows = len(self.rows(range(len(self.examples))))
+        packed = (
+            {"rows": rows, "filled": round(tokens / (rows * self.row_length), 4)} if self.row_length else {}
+        )
         return {
             "name": self.name,
             "examples": len(self.examples),
@@ -77,6 +108,7 @@ class Dataset:
             "truncated_lines": list(self.truncated[:SHOWN_FAULTS]),
             "dropped": len(self.dropped),
             "dropped_lines": list(self.dropped[:SHOWN_FAULTS]),
+            **packed,
         }
 
 
@@ -97,7 +129,12 @@ def _synthetic(section: DatasetSection, *, vocab_size: int, seed: int) -> Datase
     generator = torch.Generator().manual_seed(seed)
     shape = (section.examples, section.seq_length)
     rows = torch.randint(vocab_size, shape, generator=generator).tolist()
-    return Dataset("synthetic", tuple(Example(row, row, line) for line, row in enumerate(rows, start=1)))
+    examples = tuple(Example(row, row, line) for line, row in enumerate(rows, start=1))
+    return Dataset("synthetic", examples, row_length=_row_length(section))
+
+
+def _row_length(section: DatasetSection) -> int | None:
+    return section.seq_length if section.packing else None
 
 
 def _read_chat(file: Path, section: DatasetSection, tokenizer: Any) -> Dataset:
@@ -110,31 +147,46 @@ def _read_chat(file: Path, section: DatasetSection, tokenizer: Any) -> Dataset:
             context={"file": file},
         ) from problem
     examples, faults, truncated, dropped = [], [], [], []
+    nothing_trained = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            input_ids, labels = encode(read_messages(line), tokenizer)
-        except (ValueError, InexactTemplate) as problem:
+            conversation = read_conversation(line)
+            input_ids, labels = encode(
+                conversation.messages, tokenizer, tools=conversation.tools, train_on=section.train_on
+            )
+        except ValueError as problem:
             faults.append(f"line {number}: {problem}")
             continue
         too_long = len(input_ids) > section.seq_length
         example = Example(input_ids[: section.seq_length], labels[: section.seq_length], number)
         if (too_long and section.overlong == "drop") or not trained_tokens(example):
             dropped.append(number)
+            nothing_trained += not any(label != IGNORED for label in labels[1:])
             continue
         if too_long:
             truncated.append(number)
         examples.append(example)
     _raise_faults(file, faults)
     if not examples:
-        raise DataError(
-            f"{file.name} has no example to train on: {len(dropped)} left out at seq_length "
-            f"{section.seq_length}.",
-            remedy=f"wc {file}  # and raise dataset.seq_length if the examples are longer",
-            context={"file": file, "dropped lines": dropped[:SHOWN_FAULTS]},
-        )
-    return Dataset(file.name, tuple(examples), tuple(truncated), tuple(dropped))
+        raise _nothing_to_train(file, section, dropped, nothing_trained)
+    return Dataset(
+        file.name, tuple(examples), tuple(truncated), tuple(dropped), row_length=_row_length(section)
+    )
+
+
+def _nothing_to_train(
+    file: Path, section: DatasetSection, dropped: list[int], nothing_trained: int
+) -> DataError:
+    return DataError(
+        f"{file.name} has no example to train on: {len(dropped) - nothing_trained} are too long for "
+        f"seq_length {section.seq_length}, and of {nothing_trained} the chat template marks no token as the "
+        "assistant's.",
+        remedy=f"wc {file}  # raise dataset.seq_length if the examples are longer; or correct the "
+        "{% generation %} markers of the tokenizer's chat template",
+        context={"file": file, "dropped lines": dropped[:SHOWN_FAULTS]},
+    )
 
 
 def _raise_faults(file: Path, faults: list[str]) -> None:
@@ -152,40 +204,71 @@ def _raise_faults(file: Path, faults: list[str]) -> None:
 
 @dataclass
 class Stream:
-    """The endless, shuffled order of a dataset's examples."""
+    """The endless order of a dataset's rows."""
 
     dataset: Dataset
     seed: int
+    shuffle: bool = True
+    """False: each epoch has the file's order."""
+    _starts: list[int] = field(default_factory=lambda: [0])
+    """Where each epoch begins, as far as it is known; packed epochs differ in their number of rows."""
     _epoch: int = -1
-    _order: list[int] = field(default_factory=list)
+    _rows: list[Row] = field(default_factory=list)
 
-    def __getitem__(self, position: int) -> Example:
-        """The example at `position`, counted from the beginning of training."""
-        epoch, within = divmod(position, len(self.dataset.examples))
+    def __getitem__(self, position: int) -> Row:
+        """The row at `position`, counted from the beginning of training."""
+        while position >= self._starts[-1]:
+            self._find_next_start()
+        epoch = bisect_right(self._starts, position) - 1
+        return self._rows_of(epoch)[position - self._starts[epoch]]
+
+    def rows_in(self, epochs: int) -> int:
+        """How many rows the first `epochs` epochs have."""
+        while len(self._starts) <= epochs:
+            self._find_next_start()
+        return self._starts[epochs]
+
+    def _find_next_start(self) -> None:
+        packed = self.dataset.row_length is not None
+        rows = len(self._rows_of(len(self._starts) - 1) if packed else self.dataset.examples)
+        self._starts.append(self._starts[-1] + rows)
+
+    def _rows_of(self, epoch: int) -> list[Row]:
         if epoch != self._epoch:
             # Mixed so that neighbouring seeds and epochs don't share permutations.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(len(self.dataset.examples), generator=generator).tolist()
-            self._epoch = epoch
-        return self.dataset.examples[self._order[within]]
+            rows = self.dataset.rows(self._order(len(self.dataset.examples), generator))
+            if self.dataset.row_length is not None:  # packed by length: the full rows would come first
+                rows = [rows[place] for place in self._order(len(rows), generator)]
+            self._rows, self._epoch = rows, epoch
+        return self._rows
+
+    def _order(self, count: int, generator: torch.Generator) -> Sequence[int]:
+        return torch.randperm(count, generator=generator).tolist() if self.shuffle else range(count)
 
 
-def collate(examples: Sequence[Example], *, pad: int) -> Batch:
-    """One batch, padded on the right.
+def collate(rows: Sequence[Row], *, pad: int, row_length: int | None = None) -> Batch:
+    """One batch, padded on the right: to the longest row, or packed rows to `row_length`.
 
     No attention mask goes with it: attention and the Mamba scan are causal, so padding on the right never
-    reaches a real token, and padding itself is not trained.
+    reaches a real token, and padding itself is not trained. No example's first token is: nothing before it
+    predicts it.
     """
-    longest = max(len(example.input_ids) for example in examples)
+    lengths = [[len(example.input_ids) for example in row] for row in rows]
+    longest = row_length or max(map(sum, lengths))
     length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    ids = [[token for example in row for token in example.input_ids] for row in rows]
+    labels = [[label for example in row for label in (IGNORED, *example.labels[1:])] for row in rows]
+    examples = [example for row in rows for example in row]
     return Batch(
-        torch.tensor(
-            [[*example.input_ids] + [pad] * (length - len(example.input_ids)) for example in examples]
-        ),
-        torch.tensor(
-            [[*example.labels] + [IGNORED] * (length - len(example.labels)) for example in examples]
-        ),
-        sum(len(example.input_ids) for example in examples),
-        sum(trained_tokens(example) for example in examples),
+        _padded(ids, length, pad),
+        _padded(labels, length, IGNORED),
+        sum(map(sum, lengths)),
+        sum(map(trained_tokens, examples)),
         tuple(example.line for example in examples),
+        layout_of(lengths, length) if row_length else {},
     )
+
+
+def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])

@@ -19,6 +19,11 @@ class TrainerError(Exception):
         self.context = {key: str(value) for key, value in (context or {}).items()}
         """The facts: file, line, expected, got, …"""
 
+    def told(self) -> str:
+        """For a person: the message, the facts and the remedy, a line each."""
+        facts = "".join(f"\n  {key}: {value}" for key, value in self.context.items())
+        return f"{self.message}{facts}\n  remedy: {self.remedy}"
+
     def described(self) -> dict[str, object]:
         """As JSON takes it."""
         return {"message": self.message, "remedy": self.remedy, "context": self.context}
@@ -32,6 +37,12 @@ class ConfigError(TrainerError):
 
 class DataError(TrainerError):
     """A data file is wrong."""
+
+    exit_code = 3
+
+
+class VersionMismatch(TrainerError):
+    """The env holds versions of packages that this trainer can't be right with."""
 
     exit_code = 3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.chat import IGNORED
 from trainer.checkpoint import State, load_checkpoint, newest_sound, remove_unfinished, save_checkpoint
 from trainer.config import Config
-from trainer.data import Batch, Example, collate
+from trainer.data import Batch, Dataset, Example, Row, collate
 from trainer.errors import ConfigError, Stopped, TrainingFailed
 from trainer.lora import require_gradients, save_adapter
 from trainer.metrics import Metrics, memory_bytes
@@ -106,7 +106,7 @@ def _train_step(run: Run, step: int) -> None:
     losses = []
     for batch in batches:
         on_device = batch.to(run.world.device)
-        loss: Tensor = run.training_model(on_device.input_ids, on_device.labels)
+        loss: Tensor = run.training_model(on_device.input_ids, on_device.labels, **on_device.layout)
         (loss / trained).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     own = torch.stack(losses)
@@ -164,11 +164,15 @@ def _local_batches(run: Run, step: int) -> list[Batch]:
     first = (step - 1) * scheduler.global_batch_size
     per_pass = scheduler.local_batch_size * run.world.size
     return [
-        collate([run.stream[start + n] for n in range(scheduler.local_batch_size)], pad=run.pad)
+        _collate(run, [run.stream[start + n] for n in range(scheduler.local_batch_size)], run.stream.dataset)
         for start in range(
             first + run.world.rank * scheduler.local_batch_size, first + scheduler.global_batch_size, per_pass
         )
     ]
+
+
+def _collate(run: Run, rows: list[Row], dataset: Dataset) -> Batch:
+    return collate(rows, pad=run.pad, row_length=dataset.row_length)
 
 
 def _not_finite(run: Run, step: int, batches: list[Batch], losses: Tensor) -> TrainingFailed:
@@ -189,17 +193,18 @@ def _validate(run: Run, step: int) -> None:
     assert run.validation is not None
     started = time.perf_counter()
     run.training_model.eval()
-    examples, size = run.validation.examples, run.config.step_scheduler.local_batch_size
+    everything = run.validation.rows(range(len(run.validation.examples)))
+    size = run.config.step_scheduler.local_batch_size
     total = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     for turn in count():
         first = (turn * run.world.size + run.world.rank) * size
-        if turn * run.world.size * size >= len(examples):
+        if turn * run.world.size * size >= len(everything):
             break
-        # With sharded weights every process must take part in every pass, also one that has no example left.
-        rows = examples[first : first + size] or (_untrained(examples[0]),)
-        batch = collate(rows, pad=run.pad)
+        # With sharded weights every process must take part in every pass, also one that has no row left.
+        rows = everything[first : first + size] or [(_untrained(run.validation.examples[0]),)]
+        batch = _collate(run, rows, run.validation)
         on_device = batch.to(run.world.device)
-        total[0] += run.training_model(on_device.input_ids, on_device.labels).double()
+        total[0] += run.training_model(on_device.input_ids, on_device.labels, **on_device.layout).double()
         total[1] += batch.trained_tokens
     run.training_model.train()
     summed, tokens = run.world.sum(total).tolist()

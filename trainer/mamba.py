@@ -1,6 +1,6 @@
 """The mamba mixer of Nemotron-H as it must run for LoRA.
 
-Two things in transformers' mixer are set right (read in 5.3.0, 5.17.0 and 5.23.0):
+Three things in transformers' mixer are set right (read in 5.3.0, 5.17.0 and 5.23.0):
 
 - In training the fused kernel is handed `out_proj.weight` itself, so whatever wraps `out_proj` is
   bypassed and a LoRA on it gets no gradient. The kernel also takes `outproj_weight=None` and then returns
@@ -8,6 +8,8 @@ Two things in transformers' mixer are set right (read in 5.3.0, 5.17.0 and 5.23.
   gradient of a frozen weight.
 - dt is clamped to (time_step_min, inf), the models were trained with `time_step_limit`, (0, inf)
   (huggingface/transformers#48989).
+- The reference path drops `seq_idx` (or refuses it, later), so packed documents would reach into each
+  other. Here it runs once for each document.
 """
 
 from __future__ import annotations
@@ -25,8 +27,29 @@ def prepare_mixer(
 ) -> None:
     """Corrects one mixer in place. Without a fused kernel the reference path stays: it calls `out_proj`."""
     mixer.time_step_limit = time_step_limit  # type: ignore[assignment]
-    if fused_scan is not None:
+    if fused_scan is None:
+        mixer.forward = functools.partial(_reference_forward, mixer.forward)
+    else:
         mixer.forward = functools.partial(_fused_forward, mixer, mixer.forward, fused_scan)
+
+
+def _reference_forward(
+    original: Callable[..., Tensor], hidden_states: Tensor, *, seq_idx: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """[batch, length, hidden] → the same; with `seq_idx` every run of equal numbers is a pass of its own."""
+    if seq_idx is None:
+        return original(hidden_states, **kwargs)
+    return torch.cat(
+        [
+            torch.cat([original(document) for document in _documents(row, numbers)], dim=1)
+            for row, numbers in zip(torch.split(hidden_states, 1), seq_idx, strict=True)
+        ]
+    )
+
+
+def _documents(row: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+    lengths: list[int] = torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
+    return torch.split(row, lengths, dim=1)
 
 
 def _fused_forward(

@@ -1,20 +1,21 @@
 """What a config needs of one GPU's memory, by arithmetic on the model's layers: nothing is allocated.
 
-    weights     the frozen base in its dtype. Every process loads all of it; then, with several processes,
-                each keeps its part, the root (embeddings and head) and the blocks gathered at a time
+    weights     the frozen base in its dtype. Replicated, all of it; sharded, the process's part, the root
+                (embeddings and head) and the blocks gathered at a time
     adapters    fp32, with a gradient and two moments each: 16 bytes a parameter, whole in every process
     activations with checkpointing: each block's input, and one block's activations twice while it is computed
                 again; without: those of all blocks, and one block's gradients
     logits      of one chunk of tokens: in the weights' dtype, in fp32, and both gradients
     the rest    the CUDA context, workspaces, what the allocator can't use; NCCL's buffers for several
+    loading     what the process keeps of the base; sharded random weights are made one block at a time, whole
 
-A linear layer keeps its input and output; one with LoRA an fp32 copy of its input too.
+A linear layer keeps its input and output; one with LoRA an fp32 copy of its input too. The mamba scan is
+counted as the fused kernel that CUDA runs, whatever this machine has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.data import LENGTH_MULTIPLE
+from trainer.lora import Targets
 from trainer.loss import CHUNK_TOKENS
 from trainer.model import blocks_of
 
@@ -38,62 +40,78 @@ Nemotron-3-Nano-30B-A3B at 4,096 tokens on one H200 with checkpointing."""
 
 
 def estimate(
-    causal_lm: Any, targets: Collection[str], config: Config, *, processes: int, longest: int
+    causal_lm: Any,
+    targets: Targets,
+    config: Config,
+    *,
+    processes: int,
+    longest: int,
+    shard: bool,
+    checkpointing: bool,
 ) -> dict[str, int]:
     """Bytes by kind for each process's GPU.
 
-    `causal_lm` may be on the meta device; `targets` are the names of its layers with LoRA; `longest` is the
-    longest sequence's length in tokens.
+    `causal_lm` may be on the meta device; `longest` is the longest sequence's length in tokens.
     """
     blocks = blocks_of(causal_lm)
     dtype_bytes = torch.finfo(causal_lm.dtype).bits // 8
-    sequences = config.step_scheduler.local_batch_size
     length = math.ceil(min(longest, config.dataset.seq_length) / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    tokens = sequences * length
+    tokens = config.step_scheduler.local_batch_size * length
 
     base = _bytes_of(causal_lm)
     of_blocks = [_bytes_of(block) for block in blocks]
-    weights = base
-    if processes > 1:
-        weights = base // processes + (base - sum(of_blocks)) + GATHERED_BLOCKS * max(of_blocks)
-    lora = config.peft.dim * sum(
-        module.in_features + module.out_features
-        for name, module in causal_lm.named_modules()
-        if name in targets and isinstance(module, nn.Linear)
-    )
-    adapted = {id(module) for name, module in causal_lm.named_modules() if name in targets}
+    root = base - sum(of_blocks)
+    kept_base = math.ceil(base / processes) if shard else base
+    weights = kept_base + (root + GATHERED_BLOCKS * max(of_blocks) if shard else 0)
+    lora = _lora_parameters(causal_lm, targets, config.peft.dim)
+    adapted = {id(module) for name, module in causal_lm.named_modules() if name in set(targets.names)}
     kept = [
         tokens * kept_by_block(block, causal_lm.config, adapted, dtype_bytes=dtype_bytes, length=length)
         for block in blocks
     ]
+    used = [
+        of_block + tokens * used_by_block(block, causal_lm.config, dtype_bytes=dtype_bytes)
+        for block, of_block in zip(blocks, kept, strict=True)
+    ]
     hidden = tokens * causal_lm.config.hidden_size
     activations = hidden * FP32  # of the norm before the head
-    if config.distributed.activation_checkpointing:
+    if checkpointing:
         activations += len(blocks) * hidden * dtype_bytes
-        working = 2 * max(kept)
+        working = 2 * max(used)
     else:
         activations += sum(kept)
-        working = max(kept)
+        working = max(used)
     logits = min(tokens, CHUNK_TOKENS) * causal_lm.config.vocab_size * 2 * (dtype_bytes + FP32)
     other = CONTEXT_BYTES + (NCCL_BYTES if processes > 1 else 0)
-    training = weights + lora * ADAPTER_BYTES + activations + max(logits, working)
-    loading = base + lora * FP32
+    adapters = lora * ADAPTER_BYTES
+    training = weights + adapters + activations + max(logits, working)
+    made_whole = max(root, *of_blocks) if shard and config.model.init == "random" else 0
+    loading = kept_base + made_whole
     return {
         "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
         "trainable_parameters": lora,
         "tokens_per_pass": tokens,
         "base_bytes": base,
         "weights_bytes": weights,
-        "adapters_bytes": lora * ADAPTER_BYTES,
+        "adapters_bytes": adapters,
         "activations_bytes": activations,
         "working_bytes": working,
         "logits_bytes": logits,
         "other_bytes": other,
         "loading_bytes": loading + other,
-        "least_bytes": max(loading, weights + lora * ADAPTER_BYTES),
+        "least_bytes": max(loading, weights + adapters),
         "peak_bytes": max(training, loading) + other,
         "uncertain_bytes": int(UNCERTAINTY * (activations + max(logits, working) + other)),
     }
+
+
+def _lora_parameters(causal_lm: Any, targets: Targets, rank: int) -> int:
+    """Of A and B on every target; each routed expert has its own pair."""
+    modules = dict(causal_lm.named_modules())
+    layers = [modules[name] for name in targets.names]
+    experts = [causal_lm.get_parameter(name).shape for name in targets.experts]
+    of_layers = sum(layer.in_features + layer.out_features for layer in layers)
+    return int(rank * (of_layers + sum(shape[0] * (shape[1] + shape[2]) for shape in experts)))
 
 
 def kept_by_block(block: Any, config: Any, adapted: set[int], *, dtype_bytes: int, length: int) -> int:
@@ -106,25 +124,43 @@ def kept_by_block(block: Any, config: Any, adapted: set[int], *, dtype_bytes: in
         if isinstance(module, nn.Linear):
             kept += (module.in_features + module.out_features) * dtype_bytes
             kept += module.in_features * FP32 * (id(module) in adapted)
-        elif isinstance(module, nn.Conv1d):
-            kept += (module.in_channels + module.out_channels) * dtype_bytes
-        else:
-            own = list(module.parameters(recurse=False))
-            # A norm computes in fp32, and keeps what came in and what went out.
-            kept += sum(
-                2 * FP32 * p.numel() for p in own if p.dim() == 1 and "norm" in type(module).__name__.lower()
-            )
-            # The routed experts' weights: [experts, out, in].
-            kept += sum(
-                sum(p.shape[1:]) * config.num_experts_per_tok * dtype_bytes for p in own if p.dim() == 3
-            )
+        elif _is_norm(module):
+            kept += sum(FP32 * p.numel() for p in module.parameters(recurse=False))  # its input, in fp32
         if hasattr(module, "q_proj"):
             kept += _kept_by_attention(module, config, dtype_bytes, length)
         if hasattr(module, "ssm_state_size"):
-            # The scan's state at the end of each chunk, and its gradient.
-            state = module.num_heads * module.head_dim * module.ssm_state_size
-            kept += 2 * FP32 * state // module.chunk_size
+            # The fused scan keeps what it is given, in_proj's output, and its own output before the norm.
+            kept += module.num_heads * module.head_dim * dtype_bytes
+        if experts := _expert_shapes(module):
+            # `experts.py` keeps what the first projection of each token's experts gives.
+            kept += experts[0][0] * config.num_experts_per_tok * dtype_bytes
     return kept
+
+
+def used_by_block(block: Any, config: Any, *, dtype_bytes: int) -> int:
+    """Bytes for each token that one block needs while it computes, beside what it keeps."""
+    used = 0
+    for module in block.modules():
+        if experts := _expert_shapes(module):
+            used += sum(map(sum, experts)) * config.num_experts_per_tok * dtype_bytes
+        if hasattr(module, "ssm_state_size"):
+            used += (module.conv1d.in_channels + module.conv1d.out_channels) * dtype_bytes
+            # The norm after the scan, and the scan's state at the end of each chunk; both with a gradient.
+            state = module.ssm_state_size / module.chunk_size
+            used += int(2 * FP32 * module.num_heads * module.head_dim * (1 + state))
+    return used
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm that keeps something: the one after the mamba scan is in the fused kernel."""
+    name = type(module).__name__.lower()
+    return "norm" in name and "gated" not in name
+
+
+def _expert_shapes(module: nn.Module) -> list[tuple[int, int]]:
+    """[out, in] of each projection of routed experts, the first one first."""
+    own = [p for p in module.parameters(recurse=False) if p.dim() == 3 and not isinstance(module, nn.Conv1d)]
+    return [(p.shape[1], p.shape[2]) for p in own]
 
 
 def _kept_by_attention(module: Any, config: Any, dtype_bytes: int, length: int) -> int:

@@ -1,11 +1,10 @@
-"""The base model: from a local folder, or with random weights from a config, made on the device itself."""
+"""The base model: its layers without memory first; then, perhaps sharded, its weights on the device."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from trainer.config import ModelSection
 from trainer.errors import ConfigError, EnvironmentMismatch
+from trainer.experts import prepare_experts, routed_experts
 from trainer.kernels import MambaKernels
+from trainer.loading import computed_buffers, load_weights, random_weights
 from trainer.loss import summed_cross_entropy
 from trainer.mamba import prepare_mixer
 
 # transformers' annotations of its factories are incomplete.
 _CausalLM: Any = AutoModelForCausalLM
 
-FAMILIES = ("nemotron_h", "llama", "qwen3")
+FAMILIES = ("nemotron_h", "llama", "qwen3", "qwen3_moe")
 """Model types whose blocks, masks and linear layers are known to train right here."""
 
 NAMES_OF_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
@@ -35,38 +36,74 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Both [batch, length] → the summed cross-entropy, a scalar in fp32."""
+    def forward(self, input_ids: Tensor, labels: Tensor, **layout: Tensor | int) -> Tensor:
+        """Both [batch, length], and the documents' places if packed → the summed cross-entropy, in fp32."""
         # With a cache object the mamba layers would leave the fused path.
-        output = self.causal_lm.model(input_ids=input_ids, use_cache=False)
+        output = self.causal_lm.model(input_ids=input_ids, use_cache=False, **layout)
         return summed_cross_entropy(output.last_hidden_state, labels, self.causal_lm.lm_head)
 
 
 def model_config(section: ModelSection) -> Any:
     """The transformers config of the model, before any weight is touched. Raises ConfigError."""
-    return _inline_config(section.config) if section.config is not None else _local_config(section)
+    config = _inline_config(section.config) if section.config is not None else _local_config(section)
+    _refuse_untrained_parts(config)
+    return config
 
 
-def build_model(
-    section: ModelSection, config: Any, kernels: MambaKernels, device: torch.device, *, seed: int
-) -> Any:
-    """The base model on `device`, frozen, in the dtype of `section`.
+def empty_model(section: ModelSection, config: Any, kernels: MambaKernels, device: torch.device) -> Any:
+    """The base model for `device`, frozen, in the dtype of `section`, on the meta device: shapes, no memory.
 
-    Raises ConfigError for weights that can't be loaded, EnvironmentMismatch if kernels are missing on CUDA.
+    Raises EnvironmentMismatch if kernels are missing on CUDA.
     """
     # What transformers would warn of is either set right here or an error.
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     _refuse_missing_kernels(config, kernels, device)
-    model = (
-        _load(section, config, device) if section.config is None else _random(section, config, device, seed)
-    )
+    with torch.device("meta"):
+        model = _CausalLM.from_config(
+            config, dtype=getattr(torch, section.dtype), attn_implementation=section.attn_implementation
+        )
     model.requires_grad_(False)
+    for _, experts in routed_experts(model):
+        prepare_experts(experts)
+    _keep_buffers_in_fp32(model)
     if config.model_type == "nemotron_h":
         low, high = config.time_step_limit
         for block in blocks_of(model):
             if block_kind(block) == "mamba":
                 prepare_mixer(block.mixer, (float(low), float(high)), kernels.fused_scan)
     return model
+
+
+def fill(causal_lm: Any, section: ModelSection, device: torch.device, *, seed: int) -> None:
+    """Gives an empty model memory on `device` and its weights; of a sharded one, this process's part.
+
+    Raises ConfigError for weights that can't be loaded.
+    """
+    causal_lm.to_empty(device=device)
+    causal_lm.tie_weights()
+    if section.pretrained_model_name_or_path is None:
+        random_weights(causal_lm, blocks_of(causal_lm), seed)
+    else:
+        load_weights(causal_lm, section.pretrained_model_name_or_path)
+        computed_buffers(causal_lm)
+
+
+def build_model(
+    section: ModelSection, config: Any, kernels: MambaKernels, device: torch.device, *, seed: int
+) -> Any:
+    """The whole base model with its weights, see `empty_model` and `fill`."""
+    model = empty_model(section, config, kernels, device)
+    fill(model, section, device, seed=seed)
+    return model
+
+
+def _keep_buffers_in_fp32(model: Any) -> None:
+    """Those that transformers keeps so whatever the weights' dtype is, such as the router's correction."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name in kept:
+                setattr(module, name, buffer.float())
 
 
 def blocks_of(causal_lm: Any) -> Sequence[Any]:
@@ -76,8 +113,11 @@ def blocks_of(causal_lm: Any) -> Sequence[Any]:
 
 
 def block_kind(block: Any) -> str:
-    """mamba, attention, moe or mlp; "transformer" for a block that is attention and MLP at once."""
-    kind = getattr(block, "block_type", "transformer")
+    """mamba, attention, moe or mlp; for attention with an MLP or experts in one block, transformer or
+    moe_transformer."""
+    kind: str | None = getattr(block, "block_type", None)
+    if kind is None:
+        return "moe_transformer" if hasattr(block.mlp, "experts") else "transformer"
     return NAMES_OF_KINDS.get(kind, kind)
 
 
@@ -93,18 +133,36 @@ def checkpoint_activations(causal_lm: Any) -> None:
 def kernels_in_use(causal_lm: Any, kernels: MambaKernels) -> dict[str, str]:
     """For each kind of block: how many there are and what they run on."""
     config = causal_lm.config
-    attention = f"{config._attn_implementation} (PyTorch)"
+    attention, experts = f"{config._attn_implementation} (PyTorch)", "grouped_mm experts (PyTorch)"
     runs_on = {
         "mamba": "the fused scan (mamba_ssm, causal_conv1d)"
         if kernels.fused_scan
         else "the slow reference (PyTorch)",
         "attention": attention,
         "transformer": attention,
-        "moe": f"{getattr(config, '_experts_implementation', None) or 'eager'} experts (PyTorch)",
+        "moe": experts,
+        "moe_transformer": f"{attention} and {experts}",
         "mlp": "PyTorch",
     }
     counts = Counter(block_kind(block) for block in blocks_of(causal_lm))
     return {kind: f"{count} layers on {runs_on[kind]}" for kind, count in counts.items()}
+
+
+def _refuse_untrained_parts(config: Any) -> None:
+    """ConfigError for what a model of a supported family may have and would be trained wrongly."""
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ConfigError(
+            "The model has experts in some blocks and an MLP in others, which is not supported: PEFT would "
+            "take LoRA on the MLP's layers for LoRA on the experts.",
+            remedy="take a model with experts in every block: mlp_only_layers empty, decoder_sparse_step 1",
+            context={"model_type": config.model_type},
+        )
+    if getattr(config, "output_router_logits", False):
+        raise ConfigError(
+            "The model's config asks for the router's balancing loss, which is not computed here.",
+            remedy="set output_router_logits to false in the model's config.json",
+            context={"model_type": config.model_type},
+        )
 
 
 def _refuse_missing_kernels(config: Any, kernels: MambaKernels, device: torch.device) -> None:
@@ -127,7 +185,9 @@ def _inline_config(fields: dict[str, Any]) -> Any:
             context={"key": "model.config.model_type"},
         )
     # transformers keeps unknown fields silently, so a misspelt one would be lost.
-    known = {*AutoConfig.for_model(model_type).to_dict(), "hybrid_override_pattern", "num_hidden_layers"}
+    plain = AutoConfig.for_model(model_type)
+    read_elsewhere = {"hybrid_override_pattern", "num_hidden_layers", "head_dim"}
+    known = {*plain.to_dict(), *plain.attribute_map, *read_elsewhere}
     if unknown := sorted(set(fields) - known):
         raise ConfigError(
             f"model.config has fields that {model_type} doesn't know: {', '.join(unknown)}.",
@@ -169,48 +229,3 @@ def _local_config(section: ModelSection) -> Any:
             context={"key": "model.pretrained_model_name_or_path"},
         )
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _load(section: ModelSection, config: Any, device: torch.device) -> Any:
-    folder = section.pretrained_model_name_or_path
-    try:
-        model, info = _CausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, section.dtype),
-            attn_implementation=section.attn_implementation,
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise ConfigError(
-            f"The model in {folder} can't be loaded: {str(problem).splitlines()[0]}",
-            remedy=f"ls -l {folder}  # every shard of model.safetensors.index.json must be there",
-            context={"key": "model.pretrained_model_name_or_path"},
-        ) from problem
-    if missing := sorted(info["missing_keys"]):
-        raise ConfigError(
-            f"The model in {folder} lacks {len(missing)} tensors, the first is {missing[0]}.",
-            remedy=f"ls -l {folder}  # every shard of model.safetensors.index.json must be there",
-            context={"folder": Path(str(folder)), "missing": ", ".join(missing[:5])},
-        )
-    return model
-
-
-def _random(section: ModelSection, config: Any, device: torch.device, seed: int) -> Any:
-    """Random weights by the model's own rules, made on the device: no host memory, seconds at true size.
-
-    Every process makes the same ones: the numbers depend on the seed and the kind of device alone.
-    """
-    with torch.device("meta"):
-        model = _CausalLM.from_config(
-            config, dtype=getattr(torch, section.dtype), attn_implementation=section.attn_implementation
-        )
-    model.to_empty(device=device)
-    model.tie_weights()
-    torch.manual_seed(seed)
-    model.apply(model._init_weights)
-    return model

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from trainer.chat import IGNORED, InexactTemplate, encode, marks_generation
 from trainer.config import Config, DatasetSection
-from trainer.conversations import numbered_lines, read_messages
+from trainer.conversations import Conversation, numbered_lines, read_conversation
 from trainer.errors import ConfigError, TrainerError
 from trainer.kernels import find_mamba_kernels
 from trainer.lora import choose_targets
-from trainer.memory import estimate
 from trainer.model import model_config
+from trainer.packing import pack
+from trainer.placement import choose, layers_alone, plans
 from trainer.prepare import check_batch_sizes, check_vocabulary, steps_of
 from trainer.tokenizer import open_tokenizer
 
@@ -29,7 +27,6 @@ ANSWER = {"role": "assistant", "content": "It is 4."}
 SAMPLE_TALKS = {"one turn": [QUESTION, ANSWER], "two turns": [QUESTION, ANSWER, QUESTION, ANSWER]}
 
 Facts = dict[str, Any]
-_CausalLM: Any = AutoModelForCausalLM  # its annotations are incomplete
 
 
 def inspect_model(config: Config, processes: int) -> Facts:
@@ -48,7 +45,8 @@ def inspect_model(config: Config, processes: int) -> Facts:
             if section is not None
         }
         counted = found["tokens"]["data"]
-        if counted.get("sampled") == counted.get("lines") and counted.get("longest"):
+        complete = counted.get("sampled") == counted.get("lines")
+        if complete and counted.get("longest") and not config.dataset.packing:
             longest = counted["longest"]
         if counted.get("examples"):
             found["steps"] = _steps(config, counted)
@@ -130,6 +128,7 @@ def count_tokens(section: DatasetSection, tokenizer: Any) -> Facts:
             "lines": section.examples,
             "sampled": section.examples,
             "examples": section.examples,
+            "rows": section.examples,
             "tokens": tokens,
             "trained": tokens - section.examples,
             "longest": section.seq_length,
@@ -144,11 +143,12 @@ def count_tokens(section: DatasetSection, tokenizer: Any) -> Facts:
     refused: list[str] = []
     truncated: list[int] = []
     dropped: list[int] = []
-    sampled = tokens = trained = 0
-    for number, messages in _conversations(file, stride):
+    sampled = trained = 0
+    kept: list[int] = []
+    for number, talk in _conversations(file, stride):
         sampled += 1
         try:
-            ids, labels = encode(messages, tokenizer)
+            ids, labels = encode(talk.messages, tokenizer, tools=talk.tools, train_on=section.train_on)
         except Exception as problem:  # see template_facts
             refused.append(f"line {number}: {problem}")
             continue
@@ -160,14 +160,15 @@ def count_tokens(section: DatasetSection, tokenizer: Any) -> Facts:
             continue
         if too_long:
             truncated.append(number)
-        tokens += min(len(ids), section.seq_length)
+        kept.append(min(len(ids), section.seq_length))
         trained += of_example
     lengths.sort()
     return {
         "lines": lines if stride > 1 else sampled,
         "sampled": sampled,
         "examples": len(lengths) - len(dropped),
-        "tokens": tokens,
+        "rows": len(pack(kept, section.seq_length)) if section.packing else len(kept),
+        "tokens": sum(kept),
         "trained": trained,
         "truncated": len(truncated),
         "truncated_lines": truncated[:SHOWN_LINES],
@@ -183,11 +184,11 @@ def count_tokens(section: DatasetSection, tokenizer: Any) -> Facts:
     }
 
 
-def _conversations(file: Path, stride: int) -> Iterator[tuple[int, list[dict[str, str]]]]:
+def _conversations(file: Path, stride: int) -> Iterator[tuple[int, Conversation]]:
     for position, (number, line) in enumerate(numbered_lines(file)):
         if position % stride == 0:
             try:
-                yield number, read_messages(line)
+                yield number, read_conversation(line)
             except ValueError:
                 continue
 
@@ -202,8 +203,9 @@ def _model_and_memory(
 ) -> Facts:
     if tokenizer is not None:
         check_vocabulary(tokenizer, base_config)
-    causal_lm = _without_weights(config, base_config)
+    causal_lm = layers_alone(config, base_config)
     targets = choose_targets(causal_lm, config.peft)
+    ways = plans(config, causal_lm, targets, processes=processes, longest=longest)
     return {
         "model": {
             "model_type": base_config.model_type,
@@ -213,26 +215,20 @@ def _model_and_memory(
             "adapted_layers": len(targets.names),
             "notes": list(targets.notes),
         },
-        "memory": estimate(causal_lm, set(targets.names), config, processes=processes, longest=longest),
+        "memory": choose(config, ways).memory,
     }
-
-
-def _without_weights(config: Config, base_config: Any) -> Any:
-    """The model on the meta device: layers and shapes, no memory."""
-    # Which attention is computed makes no difference to the layers, and its package may be missing here.
-    base_config._attn_implementation = "eager" if config.model.attn_implementation == "eager" else "sdpa"
-    with torch.device("meta"):
-        return _CausalLM.from_config(base_config, dtype=getattr(torch, config.model.dtype))
 
 
 def _steps(config: Config, counted: Facts) -> Facts:
     # Of a sample, the whole file's by its share.
-    examples = max(1, round(counted["examples"] * counted["lines"] / counted["sampled"]))
-    steps = steps_of(config, examples)
+    examples, rows = (
+        max(1, round(counted[kind] * counted["lines"] / counted["sampled"])) for kind in ("examples", "rows")
+    )
+    steps = steps_of(config, rows * (config.step_scheduler.num_epochs or 0))
     batch = config.step_scheduler.global_batch_size
     return {
         "examples": examples,
         "steps": steps,
-        "epochs": round(steps * batch / examples, 2),
-        "tokens_per_step": round(batch * counted["tokens"] / counted["examples"]),
+        "epochs": round(steps * batch / rows, 2),
+        "tokens_per_step": round(batch * counted["tokens"] / counted["rows"]),
     }

@@ -1,9 +1,9 @@
 """The processes of one run: who this one is, how they agree, and where the weights lie.
 
-One process holds the whole base model. Several shard it block by block (FSDP2) and gather a block's
-weights while it computes. The adapters are a few MB: every process holds them whole, in fp32, outside of
-FSDP, and their gradients are summed once for each optimizer step. So no group of sharded parameters mixes
-dtypes, clipping and checkpoints see whole tensors, and a checkpoint fits any number of processes.
+Each process holds the whole base model, or they shard it block by block (FSDP2) and gather a block's weights
+while it computes: `placement.py` decides. The adapters are small: every process holds them whole, in fp32,
+outside of FSDP, and their gradients are summed once for each optimizer step. So clipping and checkpoints see
+whole tensors, and a checkpoint fits any number of processes.
 """
 
 from __future__ import annotations
@@ -120,18 +120,15 @@ def _device(kind: str, local_rank: int) -> torch.device:
     return device
 
 
-def place(
-    model: nn.Module, blocks: Sequence[nn.Module], adapters: Sequence[nn.Parameter], world: World
-) -> None:
-    """Shards the frozen base over all processes, one FSDP unit a block; a single process keeps it whole.
+def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
+    """Shards the base over all processes, one FSDP unit a block. Its tensors may be on the meta device still.
 
-    The unit is the block because the mamba mixer reads its children's weights directly.
+    The unit is the block because the mamba mixer reads its children's weights directly. What is added
+    afterwards, the adapters, is no part of it.
     """
-    if world.size == 1:
-        return
     mesh = init_device_mesh(world.device.type, (world.size,))
     for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh, ignored_params=set(adapters))
+        fully_shard(unit, mesh=mesh)
 
 
 def sum_gradients(adapters: Sequence[nn.Parameter], world: World) -> None:

@@ -24,13 +24,15 @@ from trainer.metrics import Metrics
 from trainer.model import (
     TrainingModel,
     blocks_of,
-    build_model,
     checkpoint_activations,
+    empty_model,
+    fill,
     kernels_in_use,
     model_config,
 )
 from trainer.outcome import Progress
-from trainer.parallel import World, place
+from trainer.parallel import World, shard
+from trainer.placement import Plan, plan_run
 from trainer.schedule import make_optimizer
 from trainer.tokenizer import open_tokenizer
 
@@ -50,6 +52,7 @@ class Run:
     optimizer: torch.optim.Adam
     stream: Stream
     validation: Dataset | None
+    plan: Plan
     pad: int
     steps: int
     """How many the whole training has."""
@@ -75,17 +78,22 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
         for section in (config.dataset, config.validation_dataset)
     )
     assert data is not None
+    stream = Stream(data, config.seed, config.dataset.shuffle)
 
-    causal_lm = build_model(config.model, base_config, kernels, world.device, seed=config.seed)
+    causal_lm = empty_model(config.model, base_config, kernels, world.device)
     targets = choose_targets(causal_lm, config.peft)
+    longest = data.row_length or max(len(example.input_ids) for example in data.examples)
+    plan = plan_run(config, causal_lm, targets, world, longest=longest)
+    training_model = TrainingModel(causal_lm)
+    if plan.shard:
+        shard(training_model, blocks_of(causal_lm), world)
+    fill(causal_lm, config.model, world.device, seed=config.seed)
     peft_model = add_lora(causal_lm, targets, config.peft, seed=config.seed)
-    if config.distributed.activation_checkpointing:
+    if plan.checkpointing:
         checkpoint_activations(causal_lm)
     adapters = adapter_parameters(peft_model)
-    shares = share_adapted(peft_model, targets)  # before sharding: afterwards each process sees its part
-    training_model = TrainingModel(causal_lm)
+    shares = share_adapted(peft_model, targets)
     training_model.train()
-    place(training_model, blocks_of(causal_lm), list(adapters.values()), world)
     torch.manual_seed(config.seed + 1 + world.rank)  # from here on, dropout: every process its own
 
     run = Run(
@@ -98,10 +106,11 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
         training_model=training_model,
         adapters=adapters,
         optimizer=make_optimizer(adapters.values(), config.optimizer),
-        stream=Stream(data, config.seed),
+        stream=stream,
         validation=validation,
+        plan=plan,
         pad=tokenizer.pad_token_id,
-        steps=steps_of(config, len(data.examples)),
+        steps=steps_of(config, stream.rows_in(config.step_scheduler.num_epochs or 0)),
     )
     _announce(run, targets, shares, kernels_in_use(causal_lm, kernels), time.perf_counter() - started)
     return run
@@ -130,10 +139,10 @@ def check_vocabulary(tokenizer: Any, base_config: Any) -> None:
         )
 
 
-def steps_of(config: Config, examples: int) -> int:
-    """Optimizer steps of the whole training on so many examples."""
+def steps_of(config: Config, rows: int) -> int:
+    """Optimizer steps of the whole training, whose epochs have so many rows together."""
     scheduler = config.step_scheduler
-    epochs = math.ceil(examples * (scheduler.num_epochs or 0) / scheduler.global_batch_size)
+    epochs = math.ceil(rows / scheduler.global_batch_size)
     return min(limit for limit in (scheduler.max_steps, epochs) if limit)
 
 
@@ -150,12 +159,16 @@ def _announce(
         seconds_to_prepare=seconds,
         model=shares,
         kernels=kernels,
+        placement=str(run.plan),
+        memory=run.plan.memory,
         **{name: data.figures() if data else None for name, data in datasets.items()},
     )
     metrics.say(
         f"model: {shares['parameters']:,} parameters, {shares['trainable_parameters']:,} trained by LoRA on "
-        f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers"
+        f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers, "
+        f"{shares['adapted_expert_projections']} of {shares['expert_projections']} expert projections"
     )
+    metrics.say(f"base model: {run.plan}; on {run.world.size} processes")
     metrics.say(
         f"kernels on {device.type}: " + "; ".join(f"{kind}: {name}" for kind, name in kernels.items())
     )
@@ -165,5 +178,7 @@ def _announce(
                 "data: {name}: {examples} examples, {trained_tokens} of {tokens} tokens trained, "
                 "{truncated} truncated, {dropped} left out".format(**data.figures())
             )
+            if data.row_length is not None:
+                metrics.say("packed: {rows} rows, {filled} of their tokens real".format(**data.figures()))
     for note in (*run.config.notes(), *targets.notes):
         metrics.note(note)

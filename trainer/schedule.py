@@ -22,9 +22,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], section: OptimizerSection
 
 def learning_rate(step: int, steps: int, *, peak: float, section: LrSchedulerSection) -> float:
     """The rate for `step` (from 1) of `steps`: up to `peak` in the warm-up, then down to `min_lr`."""
-    warmup = section.lr_warmup_steps
+    warmup = min(1000, steps // 10) if section.lr_warmup_steps is None else section.lr_warmup_steps
     if step <= warmup:
-        return peak * step / warmup
+        return section.init_lr + (peak - section.init_lr) * step / warmup
     if section.lr_decay_style == "constant":
         return peak
     done = (step - warmup) / max(1, steps - warmup)

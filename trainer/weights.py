@@ -1,4 +1,4 @@
-"""A model folder's weight files: whether all are there and whole, by their headers alone. No torch here.
+"""A model folder's weight files, by their headers alone: what is where, and whether all is whole. No torch.
 
 A safetensors file is eight bytes with the header's length (little endian), the header, which is JSON
 (tensor → dtype, shape, where it begins and ends), and the tensors: a file that was cut off is known by its
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,37 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Weight formats that can run code when they are read."""
 _LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its bytes in the file, in row-major order."""
+
+    name: str
+    file: Path
+    dtype: str
+    """The format's own word: BF16, F32, …"""
+    shape: tuple[int, ...]
+    begin: int
+    """In bytes from the file's start."""
+    end: int
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the model in `folder`. Raises ValueError, "FILE: what is wrong with it"."""
+    problems: list[str] = []
+    index = _index(folder, problems)
+    if problems:
+        raise ValueError(problems[0])
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(set(index.values()) or {SINGLE}):
+        try:
+            found |= read_header(folder / name)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
+    if absent := sorted(set(index) - set(found)):
+        raise ValueError(f"{index[absent[0]]}: lacks {absent[0]}, which {INDEX} names")
+    return found
 
 
 def inspect_weights(folder: Path) -> dict[str, Any]:
@@ -41,7 +73,7 @@ def inspect_weights(folder: Path) -> dict[str, Any]:
     for name in sorted(wanted & there):
         total += (folder / name).stat().st_size
         try:
-            inside = _tensors(folder / name)
+            inside = read_header(folder / name)
         except ValueError as problem:
             problems.append(f"{name}: {problem}")
             continue
@@ -73,10 +105,10 @@ def _count(index: Mapping[str, str], name: str) -> int:
     return sum(shard == name for shard in index.values())
 
 
-def _tensors(file: Path) -> set[str]:
-    """The names of the tensors in `file`. Raises ValueError where its size or header is wrong."""
-    size = file.stat().st_size
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors in `file` by name. Raises ValueError where its size or header is wrong."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             first = stream.read(8)
             length = int.from_bytes(first, "little")
@@ -89,12 +121,23 @@ def _tensors(file: Path) -> set[str]:
         raise ValueError(f"can't be read ({problem.strerror})") from problem
     except json.JSONDecodeError as problem:
         raise ValueError(f"its header is damaged ({problem})") from problem
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     try:
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        tensors = {
+            name: StoredTensor(
+                name,
+                file,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (KeyError, TypeError, IndexError) as problem:
         raise ValueError("its header is damaged (a tensor has no place)") from problem
-    if 8 + length + end != size:
-        how = "is cut off" if 8 + length + end > size else "is too long"
-        raise ValueError(f"{how}: {size} bytes, and its header names {8 + length + end}")
-    return set(tensors)
+    end = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        how = "is cut off" if end > size else "is too long"
+        raise ValueError(f"{how}: {size} bytes, and its header names {end}")
+    return tensors

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from trainer.config import PeftSection
@@ -21,6 +22,7 @@ from trainer.lora import (
     save_adapter,
     share_adapted,
 )
+from trainer.model import TrainingModel
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -117,3 +119,42 @@ def test_plain_peft_still_refuses_out_proj_and_nothing_of_ours_stays_behind(
     save_adapter(trained(causal_lm, PeftSection(target_modules=("out_proj",))), tmp_path / "adapter")
     with pytest.raises(ValueError, match="out_proj"):
         PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+
+
+def test_lm_head_is_adapted_on_request_and_learns_through_the_chunked_loss(
+    causal_lm: Any, tmp_path: Path
+) -> None:
+    base = copy.deepcopy(causal_lm)
+    section = PeftSection(target_modules=("lm_head", "q_proj"), dim=4)
+    model = trained(causal_lm, section)
+    adapters = adapter_parameters(model)
+    whole = model(input_ids=IDS, use_cache=False).logits[:, :-1]
+    expected = nn.functional.cross_entropy(whole.flatten(0, 1), IDS[:, 1:].flatten(), reduction="sum")
+    wanted = torch.autograd.grad(expected, list(adapters.values()))
+    loss = TrainingModel(causal_lm)(IDS, IDS)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(adapters.values())), wanted)
+    assert any("lm_head" in name for name in adapters)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_rslora_scales_by_the_root_of_the_rank_and_is_exported(causal_lm: Any, tmp_path: Path) -> None:
+    base = copy.deepcopy(causal_lm)
+    model = trained(causal_lm, PeftSection(target_modules=("q_proj",), dim=4, alpha=6, use_rslora=True))
+    layer = model.get_base_model().model.layers[2].mixer.q_proj
+    assert layer.scaling == {"default": 3.0}
+    save_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_dropout_is_on_every_adapted_layer(causal_lm: Any, experts: bool) -> None:
+    section = PeftSection(match_all_linear=True, match_routed_experts=experts, dropout=0.25)
+    targets = choose_targets(causal_lm, section)
+    model = add_lora(causal_lm, targets, section, seed=1)
+    found = [m.lora_dropout["default"].p for m in model.modules() if isinstance(m, LoraLayer)]
+    assert found == [0.25] * (8 + 2 * experts)
+    assert any("lora_dropout: 0" in note for note in targets.notes) == experts

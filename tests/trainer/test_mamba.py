@@ -14,7 +14,7 @@ from trainer.config import PeftSection
 from trainer.errors import EnvironmentMismatch, TrainingFailed
 from trainer.kernels import MambaKernels, find_mamba_kernels
 from trainer.lora import adapter_parameters, add_lora, choose_targets, require_gradients
-from trainer.model import TrainingModel, blocks_of, build_model, kernels_in_use, model_config
+from trainer.model import TrainingModel, block_kind, blocks_of, build_model, kernels_in_use, model_config
 from trainer.parallel import World
 from trainer.reading import read_config
 
@@ -122,3 +122,19 @@ def test_missing_kernels_stop_a_run_on_cuda_with_the_import_error(config_file: P
         build_model(section, model_config(section), kernels, torch.device("cuda"), seed=1)
     assert problem.value.exit_code == 7
     assert problem.value.context == {"mamba_ssm": "ImportError: undefined symbol: _ZN3c10"}
+
+
+def test_the_reference_path_keeps_packed_documents_apart_as_the_fused_one_does(config_file: Path) -> None:
+    """Transformers' own reference path can't: there documents reach into each other."""
+    numbers = torch.tensor([[0] * 2 + [1] * 19, [0] * 20 + [1]], dtype=torch.int32)
+    states = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(4))
+    reference, fused = (
+        next(block.mixer for block in blocks_of(build(config_file, kernels)) if block_kind(block) == "mamba")
+        for kernels in (MambaKernels(None, {}), FUSED)
+    )
+    with torch.no_grad():
+        apart = reference(states, seq_idx=numbers)
+        torch.testing.assert_close(fused(states, seq_idx=numbers), apart, rtol=1e-4, atol=1e-5)
+        assert (apart - type(reference).forward(reference, states))[0, 2:].abs().max() > 1e-3
+        assert torch.equal(apart[1, :20], reference(states[1:, :20])[0])
+        assert torch.equal(apart[1, 20:], reference(states[1:, 20:])[0])

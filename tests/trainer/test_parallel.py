@@ -1,4 +1,4 @@
-"""Two processes over gloo, sharded with FSDP2, train as one does."""
+"""Two processes over gloo, the base model on both or sharded with FSDP2, train as one does."""
 
 from __future__ import annotations
 
@@ -30,21 +30,30 @@ def torchrun(config: Path, run: Path, *overrides: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.parametrize(
+    ("placement", "checkpointing"), [("replicate", "true"), ("shard", "true"), ("shard", "false")]
+)
 def test_two_processes_give_the_losses_and_the_adapter_of_one(
-    run_trainer: RunTrainer, config_file: Path, tmp_path: Path
+    run_trainer: RunTrainer, config_file: Path, tmp_path: Path, placement: str, checkpointing: str
 ) -> None:
     # 3 validation examples on two processes: one of them has none in the last pass.
     settings = (
         "validation_dataset.path_or_dataset_id=validation.jsonl",
         "step_scheduler.ckpt_every_steps=3",
         "step_scheduler.local_batch_size=1",
-        "distributed.activation_checkpointing=true",
-        "peft.target_modules=[in_proj, out_proj, q_proj, shared_experts.*]",
+        f"distributed.activation_checkpointing={checkpointing}",
+        "peft.target_modules=[in_proj, out_proj, q_proj, shared_experts.*, experts.up_proj]",
         "peft.match_all_linear=false",
+        f"distributed.placement={placement}",
+        # Numbers of rows that two processes can't share evenly.
+        "model.config.vocab_size=265",
+        "model.config.n_routed_experts=5",
     )
     run_trainer(*settings, run="one")
     done = torchrun(config_file, tmp_path / "two", *settings)
     assert done.returncode == 0, done.stderr
+    records = (tmp_path / "two/metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[0])["placement"].startswith(f"{placement}, with")
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=1e-4)
     assert len(two) == 6

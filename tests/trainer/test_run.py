@@ -29,6 +29,7 @@ def test_a_finished_run_leaves_everything_the_contract_names(run_trainer: RunTra
     assert outcome["peak_memory_bytes"] > 1e8
     assert Path(outcome["adapter"]) == run / "adapter"
     assert {file.name for file in (run / "adapter").iterdir()} == {
+        "base.json",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

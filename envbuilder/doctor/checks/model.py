@@ -212,7 +212,7 @@ def check_memory(subject: Subject, parts: Parts) -> Outcome:
         f"the larger of a chunk of logits ({_gib(memory['logits_bytes'])}) and one block's work "
         f"({_gib(memory['working_bytes'])})",
         f"CUDA context and buffers: {_gib(memory['other_bytes'])}",
-        f"while the weights are loaded, whole on each GPU: {_gib(memory['loading_bytes'])}",
+        f"while the weights are loaded: {_gib(memory['loading_bytes'])}",
     ]
     has, why_not = _gpu_bytes(subject)
     if on_cpu or has is None:
@@ -227,7 +227,8 @@ def check_memory(subject: Subject, parts: Parts) -> Outcome:
         return failed(
             f"The weights and adapters alone take {_gib(memory['least_bytes'])}, the GPU has {_gib(has)}.",
             *evidence,
-            remedy="Take a GPU with more memory or a smaller model: every process loads all weights",
+            remedy="Take more GPUs and --set distributed.placement=auto, GPUs with more memory, or a smaller "
+            "model",
         )
     if peak > FULL * has:
         return warning(

@@ -1,0 +1,220 @@
+"""The plan: its arithmetic on the true-size Nemotron-3-Nano, what it chooses, and how it is shown."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.__main__ import main
+from trainer.config import Config
+from trainer.errors import EnvironmentMismatch
+from trainer.lora import adapter_parameters, add_lora, choose_targets
+from trainer.memory import kept_by_block
+from trainer.model import blocks_of, build_model, model_config
+from trainer.parallel import World
+from trainer.placement import GIB, Plan, choose, describe, layers_alone, plan_run, plans
+from trainer.reading import read_config
+
+from .test_inspection import kept_in_bytes
+from .test_loading import NO_KERNELS
+
+NANO = """\
+seed: 1
+model:
+  config:
+    model_type: nemotron_h
+    hybrid_override_pattern: MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME
+    vocab_size: 131072
+    hidden_size: 2688
+    num_attention_heads: 32
+    num_key_value_heads: 2
+    head_dim: 128
+    mamba_num_heads: 64
+    mamba_head_dim: 64
+    n_groups: 8
+    ssm_state_size: 128
+    moe_intermediate_size: 1856
+    moe_shared_expert_intermediate_size: 3712
+    n_routed_experts: 128
+    num_experts_per_tok: 6
+  init: random
+  tokenizer: byte
+peft: {match_all_linear: true, dim: 8}
+dataset: {kind: synthetic, seq_length: 4096}
+step_scheduler: {global_batch_size: 16, max_steps: 3}
+optimizer: {lr: 1.0e-5}
+"""
+
+
+@pytest.fixture(scope="module")
+def nano_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("nano") / "nano.yaml"
+    file.write_text(NANO)
+    return file
+
+
+@pytest.fixture(scope="module")
+def nano(nano_file: Path) -> Any:
+    """All layers of the true size, without memory."""
+    config = read_config(nano_file)
+    return layers_alone(config, model_config(config.model))
+
+
+def ways(nano: Any, file: Path, processes: int, *overrides: str) -> tuple[Config, tuple[Plan, ...]]:
+    config = read_config(file, list(overrides))
+    targets = choose_targets(nano, config.peft)
+    return config, plans(config, nano, targets, processes=processes, longest=config.dataset.seq_length)
+
+
+def test_the_true_size_sharded_over_four_gpus_of_61_gib_fits_at_4096_tokens(
+    nano: Any, nano_file: Path
+) -> None:
+    config, four = ways(nano, nano_file, 4)
+    taken = choose(config, four, 61 * GIB)
+    assert str(taken) == "shard, without activation checkpointing"
+    memory = taken.memory
+    assert memory["parameters"] == 31_577_937_344
+    assert memory["base_bytes"] / GIB == pytest.approx(58.82, abs=0.01)
+    # A quarter of the base, embeddings and head, and three blocks of experts.
+    blocks = blocks_of(nano)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks) * 2
+    root = 2 * (2 * 131072 * 2688 + 2688)
+    assert memory["weights_bytes"] == pytest.approx(memory["base_bytes"] / 4 + root + 3 * largest, rel=1e-5)
+    assert memory["weights_bytes"] / GIB == pytest.approx(23.3, abs=0.1)
+    # Loading never holds more than the process's part and one block.
+    assert memory["loading_bytes"] / GIB < 58.82 / 4 + 2.5 + 2
+    assert memory["least_bytes"] < 25 * GIB
+    assert taken.needed_bytes < 51 * GIB
+    checkpointed = ways(nano, nano_file, 4, "distributed.activation_checkpointing=true")[1][-1]
+    assert checkpointed.needed_bytes < 30 * GIB
+
+
+def test_the_estimate_with_checkpointing_is_what_was_measured_on_one_gpu(nano: Any, nano_file: Path) -> None:
+    _, (way,) = ways(nano, nano_file, 1, "distributed.activation_checkpointing=true")
+    # 61.7 GiB measured, of what torch allocated: without the CUDA context.
+    assert (way.memory["peak_bytes"] - way.memory["other_bytes"]) / GIB == pytest.approx(61.7, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("processes", "gib", "overrides", "expected"),
+    [
+        (1, 139, (), "replicate, without"),
+        (1, 80, (), "replicate, with"),
+        (8, 139, (), "replicate, without"),
+        (8, 139, ("distributed.placement=shard",), "shard, without"),
+        (8, 66, (), "replicate, with"),
+        (8, 48, (), "shard, without"),
+        (8, 24, (), "shard, with"),
+        (1, 24, (), "replicate, with"),  # nothing fits: the smallest
+        (1, 24, ("distributed.placement=shard",), "replicate, with"),  # one process has nothing to share with
+        (8, 40, ("distributed.activation_checkpointing=true",), "shard, with"),
+        (8, None, (), "shard, with"),
+    ],
+)
+def test_the_fastest_way_that_fits_is_taken(
+    nano: Any, nano_file: Path, processes: int, gib: int | None, overrides: tuple[str, ...], expected: str
+) -> None:
+    config, open_ways = ways(nano, nano_file, processes, *overrides)
+    assert str(choose(config, open_ways, gib and gib * GIB)).startswith(f"{expected} activation")
+
+
+def test_lora_on_the_routed_experts_is_counted(nano: Any, nano_file: Path) -> None:
+    _, (way, *_) = ways(nano, nano_file, 1, "peft.match_routed_experts=true")
+    experts = 23 * 2 * 128 * 8 * (1856 + 2688)
+    assert way.memory["trainable_parameters"] == 5_679_616 + experts
+
+
+def test_the_activations_of_experts_are_near_those_that_autograd_keeps(config_file: Path) -> None:
+    config = read_config(
+        config_file,
+        [
+            "model.config.hybrid_override_pattern=E*E",
+            "model.config.moe_intermediate_size=96",
+            "model.dtype=bf16",
+        ],
+    )
+    model = build_model(config.model, model_config(config.model), NO_KERNELS, torch.device("cpu"), seed=1)
+    targets = choose_targets(model, config.peft)
+    adapted = {id(module) for name, module in model.named_modules() if name in targets.names}
+    estimated = 128 * sum(
+        kept_by_block(block, model.config, adapted, dtype_bytes=2, length=64) for block in blocks_of(model)
+    )
+    peft_model = add_lora(model, targets, config.peft, seed=1)
+    assert sum(p.numel() for p in adapter_parameters(peft_model).values()) > 0
+    model.get_input_embeddings().weight.requires_grad_(True)  # else the first block keeps nothing
+    really = kept_in_bytes(model, torch.randint(264, (2, 64)))
+    assert 0.7 * really < estimated < 1.5 * really, (estimated, really)
+
+
+def plan_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trainer", *arguments])
+    return main()
+
+
+def test_the_plan_is_printed_without_a_gpu_or_a_run(
+    nano_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(nano_file), "--plan", "--processes", "4", "--gpu-memory-gib", "61")
+    assert plan_command(monkeypatch, *arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("31,577,937,344 parameters, 58.82 GiB; 5,679,616 trained; 4,096 tokens in a pass")
+    assert shown.endswith("Taken: shard, without activation checkpointing.\n")
+    assert shown.count("doesn't fit in 61.00 GiB") == 2
+    assert list(nano_file.parent.iterdir()) == [nano_file]
+
+
+def test_a_plan_that_doesnt_fit_and_one_without_a_size_say_so(config_file: Path) -> None:
+    small = read_config(config_file, ["device=cuda", "distributed.gpu_memory_gib=0.001"])
+    assert "None surely fits; taken: replicate, with" in describe(small, processes=2)
+    unknown = read_config(config_file, ["device=cuda"])
+    assert "give --gpu-memory-gib" in describe(unknown, processes=2)
+    assert "On a CPU: replicate, without" in describe(read_config(config_file), processes=2)
+
+
+def test_a_wrong_config_ends_the_plan_with_its_error(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_command(monkeypatch, str(config_file), "--plan", "--set", "peft.dim=none") == 3
+    assert "peft.dim" in capsys.readouterr().err
+
+
+class OneGpu:
+    """Stands in for torch.cuda where there is no GPU."""
+
+    def __init__(self, free: int) -> None:
+        self.free, self.fraction = free, 1.0
+
+    def mem_get_info(self, device: object) -> tuple[int, int]:
+        return self.free, 140 * GIB
+
+    def set_per_process_memory_fraction(self, fraction: float, device: object) -> None:
+        self.fraction = fraction
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "expected"), [(139, None, "without"), (139, 70, "with"), (66, None, "with")]
+)
+def test_a_run_plans_with_what_is_free_or_allowed(
+    nano: Any, nano_file: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int | None, expected: str
+) -> None:
+    gpu = OneGpu(free * GIB)
+    monkeypatch.setattr("trainer.placement.torch.cuda", gpu)
+    config = read_config(nano_file, [f"distributed.gpu_memory_gib={limit}"] if limit else [])
+    world = World(0, 1, torch.device("cuda"))
+    plan = plan_run(config, nano, choose_targets(nano, config.peft), world, longest=4096)
+    assert str(plan) == f"replicate, {expected} activation checkpointing"
+    assert gpu.fraction == (limit / 140 if limit else 1.0)
+
+
+def test_weights_that_cant_fit_stop_the_run_before_any_is_loaded(
+    nano: Any, nano_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.placement.torch.cuda", OneGpu(40 * GIB))
+    config = read_config(nano_file)
+    world = World(0, 1, torch.device("cuda"))
+    with pytest.raises(EnvironmentMismatch, match=r"take 58\.90 GiB of each GPU .*40\.00 GiB are free"):
+        plan_run(config, nano, choose_targets(nano, config.peft), world, longest=4096)
