@@ -192,5 +192,5 @@ def scan(
 
 
 def _digest(conversation: Conversation) -> bytes:
-    text = json.dumps([conversation.messages, conversation.tools])
+    text = json.dumps([conversation.messages, conversation.tools], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
