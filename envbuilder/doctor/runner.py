@@ -93,7 +93,8 @@ def run_checks(
     chosen = choose_checks() if checks is None else checks
     ended: SimpleQueue[Finding] = SimpleQueue()
     lanes: dict[str, SimpleQueue[Check]] = {}
-    for check in chosen:
+    # What may take longest first, so that the rest is done beside it.
+    for check in sorted(chosen, key=lambda check: -check.limit_s):
         lanes.setdefault("quick" if check.cost == "asked" else check.cost, SimpleQueue()).put(check)
     for cost, lane in lanes.items():
         for _ in range(_SIDE_BY_SIDE if cost == "quick" else 1):
