@@ -34,7 +34,7 @@ def doctor(
         typer.Option(help="Run this check alone, or those of this theme (may be repeated)."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out what works on the GPU or hashes all files.")
+        bool, typer.Option("--quick", help="Leave out what needs the GPU, loads torch or hashes all files.")
     ] = False,
     toolchain: Annotated[
         bool, typer.Option("--toolchain", help="Compile and link a small extension too, before a long build.")

@@ -12,6 +12,7 @@ from envbuilder import display, summary
 from envbuilder.cli.app import Options, PythonExe, RecipePath, app
 from envbuilder.cli.doctoring import failed_of
 from envbuilder.errors import DoctorError
+from envbuilder.findings import counted, not_well
 
 
 @app.command()
@@ -85,7 +86,8 @@ def pipeline(
         ("fetched", summary.fetched(fetched)),
         ("compiled", summary.compiled(built)),
         ("installed", f"{env.path}: {summary.installed(env)}"),
-        *((f"checked {f.check}", f"{f.verdict}: {f.summary}") for f in findings),
+        ("checked", counted(findings)),
+        *((f"checked {f.check}", f"{f.verdict}: {f.summary}") for f in not_well(findings)),
         *((f"trained: {key}", value) for key, value in summary.trained(trained)),
         ("in all", f"{time.monotonic() - began:.0f} s"),
     ]

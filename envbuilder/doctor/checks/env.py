@@ -348,6 +348,7 @@ CHECKS = (
         "whether the env's interpreter imports every extension module that the recipe names",
         check_imports,
         needs=("recipe", "env"),
+        cost="gpu",
         limit_s=IMPORT_TIMEOUT_S + 10,
     ),
     Check(
