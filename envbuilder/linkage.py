@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envbuilder.shared_object import SharedObject, SharedObjectError
+from envbuilder.target import version_number
 
 _LOADER_CACHE = Path("/etc/ld.so.cache")
 _CACHE_MAGIC = b"glibc-ld.so.cache1.1"
@@ -64,7 +65,9 @@ class Linkage:
     @property
     def newer_than_target(self) -> bool:
         """Whether it needs a newer glibc than the target's: it may run here, and not on every node."""
-        return self.glibc_needed is not None and _number(self.glibc_needed) > _number(self.target_glibc)
+        return self.glibc_needed is not None and version_number(self.glibc_needed) > version_number(
+            self.target_glibc
+        )
 
     def describe(self) -> str:
         """What is wrong with it, one line each; empty where nothing is."""
@@ -157,11 +160,7 @@ def highest_version(prefix: str, versions: Sequence[str]) -> str | None:
     found = [match[1] for version in versions if (match := re.fullmatch(rf"{prefix}_([\d.]+)", version))]
     if prefix == "GLIBC" and name in versions:
         found.append(since)
-    return max(found, key=_number, default=None)
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    return max(found, key=version_number, default=None)
 
 
 def _program(interpreter: Path | None, machine: int) -> SharedObject | None:

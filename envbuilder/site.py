@@ -44,6 +44,34 @@ class JobSpec(Table):
             raise ValueError('gpu-type goes with gpu-request = "typed-gres", and only with it')
         return self
 
+    @property
+    def sbatch_options(self) -> dict[str, str]:
+        """Name → value of the options that ask sbatch for it."""
+        options = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "time": self.walltime,
+            "nodes": "1",
+            "ntasks": "1",
+            "cpus-per-task": str(self.cpus),
+            "mem": self.memory,
+            **self._gpu_option,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def _gpu_option(self) -> dict[str, str]:
+        match self.gpu_request:
+            case "gres":
+                return {"gres": f"gpu:{self.gpus}"}
+            case "typed-gres":
+                return {"gres": f"gpu:{self.gpu_type}:{self.gpus}"}
+            case "gpus-per-node":
+                return {"gpus-per-node": str(self.gpus)}
+            case "none":
+                return {}
+
 
 class Site(Table):
     """A site file. `load_site` reads one."""

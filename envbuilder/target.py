@@ -177,8 +177,13 @@ def provided_fault(requirement: Requirement, version: str | None) -> str | None:
     return None if admitted else f"{requirement.name} is {version}, not {requirement.specifier}"
 
 
+def version_number(version: str) -> tuple[int, ...]:
+    """A version of numbers alone, as it compares: (2, 28) for "2.28"."""
+    return tuple(int(part) for part in version.split("."))
+
+
 def _tags(python: str, spec: TargetSpec) -> Iterator[Tag]:
-    version = tuple(int(part) for part in python.split("."))
+    version = version_number(python)
     platforms = list(_platforms(spec))
     interpreter = f"cp{version[0]}{version[1]}"
     yield from cpython_tags(version, platforms=platforms)

@@ -61,15 +61,7 @@ def render_script(site: Site, spec: JobSpec, job: Job) -> str:
 def _options(spec: JobSpec, job: Job) -> list[str]:
     options = {
         "job-name": job.name,
-        "partition": spec.partition,
-        "account": spec.account,
-        "qos": spec.qos,
-        "time": spec.walltime,
-        "nodes": "1",
-        "ntasks": "1",
-        "cpus-per-task": str(spec.cpus),
-        "mem": spec.memory,
-        **_gpu_option(spec),
+        **spec.sbatch_options,
         "output": f'"{job.log}"',
         "open-mode": "append",
         # B: to the batch shell alone, whose place the command takes.
@@ -78,18 +70,6 @@ def _options(spec: JobSpec, job: Job) -> list[str]:
     }
     flags = ["--requeue"] if job.requeue else []
     return [*(f"--{name}={value}" for name, value in options.items() if value is not None), *flags]
-
-
-def _gpu_option(spec: JobSpec) -> dict[str, str]:
-    match spec.gpu_request:
-        case "gres":
-            return {"gres": f"gpu:{spec.gpus}"}
-        case "typed-gres":
-            return {"gres": f"gpu:{spec.gpu_type}:{spec.gpus}"}
-        case "gpus-per-node":
-            return {"gpus-per-node": str(spec.gpus)}
-        case "none":
-            return {}
 
 
 def _module_lines(site: Site) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from envbuilder.doctor.checks import slurm
 from envbuilder.paths import Root
-from envbuilder.site import Site
+from envbuilder.site import JobSpec, Site
 from tests.doctor.conftest import run_one
 
 Programs = Callable[..., Path]
@@ -98,7 +98,10 @@ def test_limits_are_compared_in_their_units(limits: dict[str, str], too_much: li
 
 
 def test_gpus_are_asked_for_as_the_site_says() -> None:
+    def words(spec: JobSpec) -> list[str]:
+        return [f"--{name}={value}" for name, value in spec.sbatch_options.items()]
+
     typed = make_site(gpus=4, **{"gpu-request": "typed-gres", "gpu-type": "a100"}).build
-    assert "--gres=gpu:a100:4" in slurm._options(typed)
-    assert "--gpus-per-node=2" in slurm._options(make_site(gpus=2, **{"gpu-request": "gpus-per-node"}).build)
-    assert not [word for word in slurm._options(make_site().build) if "gpu:" in word or "gpus" in word]
+    assert "--gres=gpu:a100:4" in words(typed)
+    assert "--gpus-per-node=2" in words(make_site(gpus=2, **{"gpu-request": "gpus-per-node"}).build)
+    assert not [word for word in words(make_site().build) if "gpu:" in word or "gpus" in word]

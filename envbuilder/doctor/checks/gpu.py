@@ -14,6 +14,7 @@ from envbuilder.doctor.subject import Subject
 from envbuilder.gpu import Gpu, GpuState, read_links, read_peer_access
 from envbuilder.process import run
 from envbuilder.report import Reporter
+from envbuilder.target import version_number
 
 ANOTHER_NODE = (
     "Report it to the administrators, and until then ask for another node: "
@@ -89,7 +90,7 @@ def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
         )
     if served is None:
         return skipped(f"nvidia-smi doesn't say which CUDA driver {driver} serves.")
-    newest, built = _numbers(served), _numbers(torch.cuda)
+    newest, built = version_number(served), version_number(torch.cuda)
     if newest[0] < built[0]:
         return failed(
             f"The driver serves CUDA {served} at most, and torch is built with CUDA {torch.cuda}.",
@@ -104,10 +105,6 @@ def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
             remedy="Ask for a node with a newer driver where a kernel reports an unsupported PTX version.",
         )
     return ok(f"The driver serves CUDA {served}, and torch is built with CUDA {torch.cuda}.", *evidence)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 HARDWARE_XIDS = {

@@ -17,6 +17,7 @@ from envbuilder.linkage import highest_version, loader_cache
 from envbuilder.load_order import Loaded, library_folders
 from envbuilder.report import Reporter
 from envbuilder.shared_object import SharedObject, SharedObjectError
+from envbuilder.target import version_number
 
 _CUDA = re.compile(
     r"(lib(?:cudart|cublas|cublasLt|cudnn\w*|cufft|curand|cusolver|cusparse|cusparseLt|nvJitLink|nvrtc|cupti)"
@@ -149,7 +150,7 @@ def check_libstdcxx(subject: Subject, reporter: Reporter) -> Outcome:
             *shown(lacking),
             remedy=_remedy(subject, library) if set_by_user else _newer_libstdcxx(subject),
         )
-    if set_by_user and any(_number(_newest(path)) > _number(_newest(library.path)) for path in others):
+    if set_by_user and any(_newest_number(path) > _newest_number(library.path) for path in others):
         return warning(
             f"{library.through} puts an older C++ library before the machine's own.",
             *evidence,
@@ -174,14 +175,16 @@ def _newest(path: Path) -> str | None:
         return None
 
 
+def _newest_number(path: Path) -> tuple[int, ...]:
+    """`_newest` as it compares; nothing comes before every version."""
+    newest = _newest(path)
+    return version_number(newest) if newest else ()
+
+
 def _order(version: str) -> tuple[str, tuple[int, ...]]:
     """GLIBCXX's after CXXABI's, and each by its number."""
     name, _, number = version.partition("_")
     return name, tuple(int(part) for part in re.findall(r"\d+", number))
-
-
-def _number(version: str | None) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")) if version else ()
 
 
 CHECKS = (

@@ -11,7 +11,7 @@ from envbuilder.doctor.subject import Subject
 from envbuilder.recipe import Recipe, TargetSpec
 from envbuilder.report import Reporter
 from envbuilder.sandbox import find_sandbox
-from envbuilder.target import lock_for_this_machine, python_versions
+from envbuilder.target import lock_for_this_machine, python_versions, version_number
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_LEVELS = {
@@ -50,7 +50,7 @@ def check_glibc(subject: Subject, reporter: Reporter) -> Outcome:
             "The C library of this machine is not glibc, so no wheel of the lock runs here.",
             remedy="Run on a machine with glibc: a manylinux wheel runs on no other C library.",
         )
-    if _numbers(found) < _numbers(wanted):
+    if version_number(found) < version_number(wanted):
         return failed(
             f"glibc {found} is older than the {wanted} that the lock's wheels may need.",
             remedy=lock_for_this_machine(_recipe(subject).name),
@@ -155,10 +155,6 @@ def _target(subject: Subject) -> TargetSpec:
 def _recipe(subject: Subject) -> Recipe:
     assert subject.recipe is not None, "these checks need a recipe"
     return subject.recipe
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
 
 
 CHECKS = (

@@ -262,7 +262,8 @@ def check_submission(site: Site) -> Outcome:
     full: list[str] = []
     evidence: list[str] = []
     for section, spec in _sections(site):
-        tried = run(["sbatch", "--test-only", *_options(spec), "--wrap=true"], timeout_s=_SUBMIT_TIMEOUT_S)
+        options = [f"--{name}={value}" for name, value in spec.sbatch_options.items()]
+        tried = run(["sbatch", "--test-only", *options, "--wrap=true"], timeout_s=_SUBMIT_TIMEOUT_S)
         said = re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", tried.output.strip(), flags=re.M)
         evidence += [f"{section}: {line}" for line in said.splitlines()]
         if tried.timed_out:
@@ -283,21 +284,6 @@ def check_submission(site: Site) -> Outcome:
             remedy="Wait for one to end, or cancel it: squeue --me; scancel JOBID",
         )
     return ok("Slurm would take the site's jobs now.", *evidence)
-
-
-def _options(spec: JobSpec) -> list[str]:
-    gpus = {
-        "gres": f"--gres=gpu:{spec.gpus}",
-        "typed-gres": f"--gres=gpu:{spec.gpu_type}:{spec.gpus}",
-        "gpus-per-node": f"--gpus-per-node={spec.gpus}",
-    }
-    named = {"account": spec.account, "qos": spec.qos}
-    return [
-        *(f"--partition={spec.partition}", f"--time={spec.walltime}", "--nodes=1", "--ntasks=1"),
-        *(f"--cpus-per-task={spec.cpus}", f"--mem={spec.memory}"),
-        *(f"--{name}={value}" for name, value in named.items() if value),
-        *([gpus[spec.gpu_request]] if spec.gpu_request in gpus else []),
-    ]
 
 
 def check_queue(site: Site) -> Outcome:
