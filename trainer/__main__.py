@@ -1,4 +1,6 @@
-"""`python -m trainer CONFIG.yaml --run-dir DIR [--set section.key=value …]`, alone or under torchrun.
+"""`python -m trainer CONFIG.yaml --run-dir DIR [--ends-at SECONDS] [--set section.key=value …]`.
+
+Alone or under torchrun. `--ends-at` is the job's end in seconds since 1970, `ENVBUILDER_JOB_END` by default.
 
 Exit codes: 0 finished, 3 wrong config, data or package versions, 7 missing GPU or kernels, 10 training
 failed, 75 stopped in good order. torchrun turns them into 1, so `DIR/outcome.json`, written by rank 0 at
@@ -11,21 +13,28 @@ import argparse
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
 from types import FrameType
 
-from trainer.errors import EnvironmentMismatch, TrainerError, TrainingFailed
+from trainer.errors import Stopped, TrainerError
+from trainer.failures import blames_another, explain
 from trainer.files import write_atomically
+from trainer.governor import Job, read_job
 from trainer.outcome import Progress, Status, write_outcome
 from trainer.reading import dump_config, read_config
+from trainer.stamp import read_stamp
 from trainer.versions import check_versions
 
 STOP_FILE = "stop"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0", "TOKENIZERS_PARALLELISM": "false"}
 """Compute nodes have no internet: transformers must not even try. Set before it is imported."""
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""cuBLAS gives the same bits only if its workspaces have one size. Set before torch is imported."""
 
 
 class StopRequest:
@@ -48,11 +57,44 @@ class StopRequest:
         self._file.unlink(missing_ok=True)
 
 
+class Ending:
+    """How this process's part of the run ends, told once: by the main thread or by the watch."""
+
+    def __init__(self, run_dir: Path, progress: Progress, stop: StopRequest) -> None:
+        self._run_dir, self._progress, self._stop = run_dir, progress, stop
+        self._lock = threading.Lock()
+        self._told = False
+
+    def tell(self, error: TrainerError | None) -> None:
+        """Writes the outcome and prints the error."""
+        with self._lock:
+            if self._told:
+                return
+            self._told = True
+            status: Status = (
+                "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+            )
+            write_outcome(self._run_dir, status, self._progress, error)
+            if status != "failed":
+                self._stop.done()
+            if error is not None:
+                print(error.told(), file=sys.stderr, flush=True)
+
+    def break_off(self, error: TrainerError) -> None:
+        """Ends the process from the watch's thread: the main thread waits for a process that is late."""
+        self.tell(error)
+        os._exit(error.exit_code)
+
+
 def main() -> int:
     """Runs the training that the command line asks for, and says with the exit code how it ended."""
+    began = time.time()
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__.partition("\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--run-dir", type=Path)
+    parser.add_argument(
+        "--ends-at", type=float, metavar="SECONDS", help="the job's end, in seconds since 1970"
+    )
     parser.add_argument("--plan", action="store_true", help="print what a GPU must hold, and train nothing")
     parser.add_argument("--processes", type=int, default=1, help="with --plan: that will train")
     parser.add_argument("--gpu-memory-gib", type=float, help="with --plan: of each GPU")
@@ -69,24 +111,16 @@ def main() -> int:
         (run_dir / "outcome.json").unlink(missing_ok=True)
     progress = Progress()
     stop = StopRequest(run_dir)
+    ending = Ending(run_dir, progress, stop)
     error: TrainerError | None = None
     try:
-        _run(arguments.config, run_dir, arguments.overrides, progress, stop, first=first)
-    except TrainerError as problem:
-        error = problem
-    except Exception as problem:  # a defect or a full GPU: the user still gets an outcome and a sentence
-        traceback.print_exc()
-        error = _unexpected(problem)
+        job = read_job(arguments.ends_at, os.environ, began=began)
+        _run(arguments.config, run_dir, arguments.overrides, progress, stop, job, ending)
+    except Exception as problem:
+        error = _explained(problem)
     if first:
-        status: Status = "finished" if error is None else "stopped" if error.exit_code == 75 else "failed"
-        write_outcome(run_dir, status, progress, error)
-        if status != "failed":
-            stop.done()
-    if error is None:
-        return 0
-    if first:
-        print(error.told(), file=sys.stderr, flush=True)
-    return error.exit_code
+        ending.tell(error)
+    return 0 if error is None else error.exit_code
 
 
 def _plan(file: Path, overrides: list[str], processes: int, gpu_memory_gib: float | None) -> int:
@@ -108,49 +142,62 @@ def _plan(file: Path, overrides: list[str], processes: int, gpu_memory_gib: floa
 
 
 def _run(
-    file: Path, run_dir: Path, overrides: list[str], progress: Progress, stop: StopRequest, *, first: bool
+    file: Path,
+    run_dir: Path,
+    overrides: list[str],
+    progress: Progress,
+    stop: StopRequest,
+    job: Job,
+    ending: Ending,
 ) -> None:
     config = read_config(file, overrides)
+    progress.stamp = read_stamp(os.environ)
     check_versions()
-    if first:
+    if os.environ.get("RANK", "0") == "0":
         write_atomically(run_dir / "config.yaml", dump_config(config))
     os.environ.update(OFFLINE)
+    if config.deterministic:
+        os.environ.update(DETERMINISTIC)
     warnings.simplefilter(
         "ignore", FutureWarning
     )  # among peft, transformers and torch; not the user's to mend
     # torch takes seconds to import: a mistake in the config is told before.
     from trainer.loop import train
     from trainer.metrics import Metrics
-    from trainer.parallel import open_world
+    from trainer.parallel import make_deterministic, open_world
+    from trainer.watch import watching
 
-    with open_world(config.device, timeout_minutes=config.distributed.timeout_minutes) as world:
-        metrics = Metrics(run_dir, rank=world.rank)
+    make_deterministic(config.deterministic)
+    minutes = config.distributed.timeout_minutes
+    with (
+        # A minute more, so that the watch, which knows who is late, comes first.
+        open_world(config.device, timeout_minutes=minutes + 1) as world,
+        watching(world, timeout=60 * minutes, end=ending.break_off) as watch,
+    ):
+        metrics = Metrics(run_dir, rank=world.rank, logging=config.logging)
         try:
-            train(config, run_dir, world, metrics, progress, stop)
+            train(config, run_dir, world, metrics, progress, job, stop, watch)
+        except Stopped:
+            raise
+        except Exception as problem:
+            error = _explained(problem)
+            if blames_another(error):
+                error = watch.cause_of(error)
+            else:
+                watch.failed(error)
+            if world.size > 1:  # with a process that is gone, leaving the group in good order can hang
+                if world.rank == 0:
+                    ending.tell(error)
+                os._exit(error.exit_code)
+            raise error from problem
         finally:
             metrics.close()
 
 
-def _unexpected(problem: Exception) -> TrainerError:
-    kind = type(problem).__name__
-    if isinstance(problem, ImportError):
-        return EnvironmentMismatch(
-            f"The environment lacks a package: {problem}",
-            remedy="envbuilder doctor",
-            context={"error": kind},
-        )
-    if kind == "OutOfMemoryError":
-        return TrainingFailed(
-            "The GPU's memory is full.",
-            remedy="--set step_scheduler.local_batch_size=1 --set distributed.activation_checkpointing=true, "
-            "on several GPUs also --set distributed.placement=shard",
-            context={"error": str(problem).splitlines()[0]},
-        )
-    return TrainingFailed(
-        f"Training broke off: {kind}: {(str(problem).splitlines() or [''])[0]}",
-        remedy="read the traceback above",
-        context={"error": kind},
-    )
+def _explained(problem: Exception) -> TrainerError:
+    if not isinstance(problem, TrainerError):  # a defect or a full GPU: the user still gets a sentence
+        traceback.print_exc()
+    return explain(problem)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Checkpoints: everything that resuming needs, whole or not there.
+"""A checkpoint's folder: everything that resuming needs, whole or not there.
 
     DIR/checkpoints/step-000020/
         adapter.safetensors     the adapters, fp32
         optimizer.safetensors   the optimizer's moments
         rng.safetensors         every process's random number generators
-        state.json              step, losses, number of processes
+        state.json              step, losses, number of processes, what decides the data's order, the stamp
         COMMITTED               size and sha256 of the four files, written last
 
 A folder is filled under a temporary name and renamed when it is complete. The data position is the step
-times the global batch size, the learning rate a function of the step, so neither needs a file.
+times the global batch size, the learning rate a function of the step, so neither needs a file. `saving.py`
+writes checkpoints while training goes on.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,10 +30,16 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.files import fsync_folder, sha256, write_atomically
 from trainer.parallel import World
+from trainer.stamp import Stamp
 
 COMMITTED = "COMMITTED"
-FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+TENSOR_FILES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors")
+STATE = "state.json"
+FILES = (*TENSOR_FILES, STATE)
 TEMPORARY = ".tmp-"
+
+Tensors = dict[str, Tensor]
+"""Name → tensor, of one file."""
 
 
 @dataclass(frozen=True)
@@ -39,57 +47,30 @@ class State:
     """Where training stands."""
 
     step: int
-    global_batch_size: int
     first_loss: float
     last_loss: float
     processes: int
-    seed: int
+    settings: dict[str, Any]
+    """Config key → value: what a run must keep when it goes on, see `resuming.py`."""
+    stamp: Stamp = field(default_factory=dict)
+    times: dict[str, float | None] = field(default_factory=dict)
+    """What the governor measured, for the next job."""
+    recent_losses: list[float] = field(default_factory=list)
+    steps_above: int = 0
+    """Both `divergence.py`'s."""
 
 
-def save_checkpoint(
-    folder: Path,
-    state: State,
-    adapters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    keep_last: int,
-) -> Path:
-    """Rank 0 writes `folder/step-N` and removes the oldest beyond `keep_last`. All processes call it.
+def write_checkpoint(place: Path, state: State, tensors: Sequence[Tensors]) -> None:
+    """Writes the folder `place`; `tensors` on the CPU, in the order of TENSOR_FILES.
 
-    Raises TrainingFailed on every process if the writing fails.
+    Raises OSError or SafetensorError, and leaves nothing then.
     """
-    generators = world.gather(_generator_states(world.device))
-    place = folder / f"step-{state.step:06d}"
-
-    def write() -> None:
-        _write(place, state, adapters, optimizer, generators)
-        for old in committed(folder)[keep_last:]:
-            shutil.rmtree(old)
-
-    world.write_on_first(f"The checkpoint of step {state.step}", folder, write)
-    return place
-
-
-def _write(
-    place: Path,
-    state: State,
-    adapters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    generators: list[dict[str, Tensor]],
-) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():  # a checkpoint of this step that was found damaged, and passed by when resuming
-        shutil.rmtree(place)
     temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=TEMPORARY))
     try:
-        save_file({name: p.detach().cpu() for name, p in adapters.items()}, temporary / FILES[0])
-        save_file(_optimizer_tensors(adapters, optimizer), temporary / FILES[1])
-        ranked = {
-            f"{rank}.{kind}": tensor for rank, own in enumerate(generators) for kind, tensor in own.items()
-        }
-        save_file(ranked, temporary / FILES[2])
-        (temporary / FILES[3]).write_text(json.dumps(asdict(state)) + "\n")
+        for name, content in zip(TENSOR_FILES, tensors, strict=True):
+            save_file(content, temporary / name)
+        (temporary / STATE).write_text(json.dumps(asdict(state)) + "\n")
         for name in FILES:
             handle = os.open(temporary / name, os.O_RDONLY)
             os.fsync(handle)
@@ -100,6 +81,8 @@ def _write(
         }
         write_atomically(temporary / COMMITTED, json.dumps(digests, indent=1) + "\n")
         temporary.chmod(0o750)
+        if place.exists():  # a checkpoint of this step that was found damaged, and passed by when resuming
+            remove_checkpoint(place)
         temporary.rename(place)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,9 +90,38 @@ def _write(
     fsync_folder(place.parent)
 
 
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Renamed first: at no moment is there a committed checkpoint with files missing."""
+    aside = Path(tempfile.mkdtemp(dir=checkpoint.parent, prefix=TEMPORARY))
+    checkpoint.rename(aside / checkpoint.name)
+    shutil.rmtree(aside)
+
+
+def optimizer_tensors(adapters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state, named after the adapters; where it lies."""
+    return {
+        f"{name}:{key}": value
+        for name, parameter in adapters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def generator_states(device: torch.device) -> Tensors:
+    """This process's random number generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
 def committed(folder: Path) -> list[Path]:
     """Checkpoints with their marker, newest first."""
     return sorted((mark.parent for mark in folder.glob(f"step-*/{COMMITTED}")), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the checkpoint was made after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -143,56 +155,58 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def read_state(checkpoint: Path) -> State:
+    """The checkpoint's state. Raises ConfigError if another version of the trainer wrote it."""
+    try:
+        return State(**json.loads((checkpoint / STATE).read_bytes()))
+    except TypeError as problem:
+        raise ConfigError(
+            f"The checkpoint {checkpoint.name} is of another version of the trainer: {problem}",
+            remedy="go on with the version that began the run, or give the run another name",
+            context={"checkpoint": checkpoint},
+        ) from problem
+
+
 def load_checkpoint(
     checkpoint: Path,
+    state: State,
     adapters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     world: World,
-    *,
-    global_batch_size: int,
-    seed: int,
-) -> State:
-    """Puts adapters, optimizer and generators back. Raises ConfigError if it is of another training."""
-    state = State(**json.loads((checkpoint / FILES[3]).read_bytes()))
-    tensors = load_file(checkpoint / FILES[0], device=str(world.device))
+) -> None:
+    """Puts adapters, optimizer and generators back. Raises ConfigError if it is of other adapters."""
+    tensors = load_file(checkpoint / TENSOR_FILES[0])
     shapes = {name: tuple(parameter.shape) for name, parameter in adapters.items()}
-    same_adapters = shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if not same_adapters or (state.global_batch_size, state.seed) != (global_batch_size, seed):
-        what = "global_batch_size or seed" if same_adapters else "model or peft section"
+    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
         raise ConfigError(
-            f"The checkpoint {checkpoint.name} was made with another {what} than the config's.",
+            f"The checkpoint {checkpoint.name} is of another model or peft section than the config's.",
             remedy="start another run, or go back to this one's config.yaml, beside the checkpoints",
             context={"checkpoint": checkpoint},
         )
-    moments = load_file(checkpoint / FILES[1], device=str(world.device))
     with torch.no_grad():
         for name, parameter in adapters.items():
             parameter.copy_(tensors[name])
-            optimizer.state[parameter] = {
-                "step": moments[f"{name}:step"].cpu(),
-                "exp_avg": moments[f"{name}:exp_avg"],
-                "exp_avg_sq": moments[f"{name}:exp_avg_sq"],
-            }
+    _load_optimizer(load_file(checkpoint / TENSOR_FILES[1]), adapters, optimizer)
     if state.processes == world.size:  # another number of processes draws new dropout masks
-        generators = load_file(checkpoint / FILES[2])
+        generators = load_file(checkpoint / TENSOR_FILES[2])
         torch.set_rng_state(generators[f"{world.rank}.cpu"])
         if world.device.type == "cuda":
             torch.cuda.set_rng_state(generators[f"{world.rank}.cuda"], world.device)
-    return state
 
 
-def _optimizer_tensors(
-    adapters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    return {
-        f"{name}:{key}": value.detach().cpu()
-        for name, parameter in adapters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _generator_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+def _load_optimizer(
+    moments: Tensors, adapters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Through the optimizer's own loading, which knows what it wants on which device."""
+    names = {parameter: name for name, parameter in adapters.items()}
+    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    of_name: dict[str, Tensors] = {}
+    for full, tensor in moments.items():
+        name, _, key = full.rpartition(":")
+        of_name.setdefault(name, {})[key] = tensor
+    optimizer.load_state_dict(
+        {
+            "state": {number: of_name[name] for number, name in enumerate(in_order)},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )

@@ -188,18 +188,52 @@ class DistributedSection(Section):
     """The base model whole on every GPU, or shared out over all; auto: whole where the memory is enough."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Computes each block again in the backward pass; auto: where the memory isn't enough without."""
+    cuda_graphs: bool = True
+    """Records a pass whose shapes come again, where it can be, and starts it as a whole."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Take no more than so much of each GPU."""
-    timeout_minutes: PositiveInt = 30
-    """A collective operation that takes longer ends the run."""
+    timeout_minutes: float = Field(default=10, gt=0)
+    """With several processes: one that has done nothing for so long ends the run."""
 
 
 class CheckpointSection(Section):
     """Checkpoints under the run's folder; each holds all that resuming needs."""
 
     enabled: bool = True
+    every_minutes: float | None = Field(default=5, gt=0)
+    """Beside `step_scheduler.ckpt_every_steps`; training goes on while one is written."""
     keep_last: PositiveInt = 2
     resume: bool = True
+    spare_seconds: float = Field(default=20, ge=0)
+    """Where the job's end is known: how long before it the last checkpoint is on the disk."""
+
+
+class DivergenceSection(Section):
+    """When training is given up because the loss rose and stays up."""
+
+    rise: float | None = Field(default=2.0, gt=0)
+    """Nats a token above the median of the last 50 steps; null: never."""
+    steps: PositiveInt = 20
+    """So many on end."""
+
+
+class SamplesSection(Section):
+    """Answers of the model before the first step and after the last, `samples.py`."""
+
+    prompts: Names | None = None
+    """What a user says; by default the first examples of the validation data; an empty list: no samples."""
+    max_new_tokens: PositiveInt = 64
+
+
+class LoggingSection(Section):
+    """Curves beside `metrics.jsonl`, as files in the run's folder; `auto`: if the package is in the env."""
+
+    tensorboard: bool | Literal["auto"] = "auto"
+    wandb: bool | Literal["auto"] = "auto"
+    """Offline: nothing is sent."""
+    wandb_project: str = "envbuilder"
+    wandb_name: str | None = None
+    """Of the run, in Weights & Biases; without one, the run's own."""
 
 
 class Config(Section):
@@ -208,6 +242,8 @@ class Config(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     """`cpu` allows reference kernels. On `cuda` a missing kernel stops the run."""
     seed: int = Field(default=1, ge=0)
+    deterministic: bool = False
+    """The same bits in every run on the same kind and number of GPUs, at some cost in speed."""
     model: ModelSection
     peft: PeftSection
     dataset: DatasetSection
@@ -217,6 +253,9 @@ class Config(Section):
     lr_scheduler: LrSchedulerSection = LrSchedulerSection()
     distributed: DistributedSection = DistributedSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    divergence: DivergenceSection = DivergenceSection()
+    samples: SamplesSection = SamplesSection()
+    logging: LoggingSection = LoggingSection()
     _notes: tuple[str, ...] = ()
 
     def model_post_init(self, context: Any, /) -> None:

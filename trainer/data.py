@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.chat import IGNORED, encode
@@ -25,6 +26,8 @@ from trainer.packing import WINDOW, Layout, layout_of, pack
 SHOWN_FAULTS = 10
 LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: grouped matrix products in bf16 want it."""
+PREDICTING_PARTS = 16
+"""The places that predict are filled up to a multiple of this part of all."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Batch:
     lines: tuple[int, ...]
     layout: Layout = field(default_factory=dict)
     """How packed rows are divided, for the model's forward; empty where each row is one example."""
+    predicting: Tensor | None = None
+    """[n], int64: the places in the flattened rows whose next token is trained, filled up with the last
+    place of all, which predicts nothing, to one of a few lengths."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -61,7 +67,19 @@ class Batch:
             name: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part
             for name, part in self.layout.items()
         }
-        return Batch(ids, labels, self.tokens, self.trained_tokens, self.lines, layout)
+        predicting = None if self.predicting is None else self.predicting.to(device, non_blocking=True)
+        return Batch(ids, labels, self.tokens, self.trained_tokens, self.lines, layout, predicting)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process does in an optimizer step."""
+
+    batches: Sequence[Batch]
+    tokens: int
+    """Of the whole global batch, without padding."""
+    trained: int
+    """Of the whole global batch."""
 
 
 @dataclass(frozen=True)
@@ -260,14 +278,24 @@ def collate(rows: Sequence[Row], *, pad: int, row_length: int | None = None) -> 
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     labels = [[label for example in row for label in (IGNORED, *example.labels[1:])] for row in rows]
     examples = [example for row in rows for example in row]
+    padded_labels = _padded(labels, length, IGNORED)
     return Batch(
         _padded(ids, length, pad),
-        _padded(labels, length, IGNORED),
+        padded_labels,
         sum(map(sum, lengths)),
         sum(map(trained_tokens, examples)),
         tuple(example.line for example in examples),
         layout_of(lengths, length) if row_length else {},
+        _predicting(padded_labels),
     )
+
+
+def _predicting(labels: Tensor) -> Tensor:
+    """See `Batch`: of few lengths, so that batches of one shape are mostly alike in this too."""
+    places = (labels[:, 1:] != IGNORED).nonzero()
+    flat = places[:, 0] * labels.shape[1] + places[:, 1]
+    unit = -(-labels.numel() // PREDICTING_PARTS)
+    return F.pad(flat, (0, -flat.numel() % unit), value=labels.numel() - 1)
 
 
 def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:

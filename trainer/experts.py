@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.elementwise import is_relu2
+from trainer.fused import add_low_rank_, relu2_weighted, relu2_weighted_backward, sum_of_rows
+
 # Public since torch 2.10; the releases before have it under its private name.
 _grouped_mm: Callable[..., Tensor] = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
@@ -81,7 +84,7 @@ def experts_forward(
     the two projections.
     """
     up, down = (getattr(experts, name) for name in projections(experts))
-    activation = functools.partial(_gated if hasattr(experts, "gate_up_proj") else _plain, experts.act_fn)
+    activation = _activation(experts)
     route = _sort_by_expert(expert_ids, experts.num_experts)
     pairs = expert_ids.numel()
     output: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
@@ -123,8 +126,11 @@ def _sort_by_expert(expert_ids: Tensor, experts: int) -> Route:
     return Route(order, places, torch.searchsorted(ids, numbers, right=True, out_int32=True))
 
 
-def _plain(act_fn: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return act_fn(hidden)
+def _activation(experts: Any) -> Callable[[Tensor], Tensor] | None:
+    """What is between the two projections; None stands for relu², which has kernels of its own."""
+    if hasattr(experts, "gate_up_proj"):
+        return functools.partial(_gated, experts.act_fn)
+    return None if is_relu2(experts) else experts.act_fn
 
 
 def _gated(act_fn: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ def _project(
     if a is None or b is None:
         return out, None
     low = _grouped(rows if kept is None else rows * kept, a.mT, ends)
-    return out.add_(_grouped(low, b.mT, ends)), low
+    return add_low_rank_(out, low, b.mT, ends), low
 
 
 def _project_back(
@@ -161,8 +167,9 @@ def _project_back(
     rows = _grouped(gradient, weight, ends)
     if a is None or low_gradient is None:
         return rows
-    through = _grouped(low_gradient, a, ends)
-    return rows.add_(through if kept is None else through.mul_(kept))
+    if kept is not None:
+        return rows.add_(_grouped(low_gradient, a, ends).mul_(kept))
+    return add_low_rank_(rows, low_gradient, a, ends)
 
 
 class _Experts(torch.autograd.Function):
@@ -175,7 +182,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        activation: Callable[[Tensor], Tensor],
+        activation: Callable[[Tensor], Tensor] | None,
         tokens: Tensor,
         gates: Tensor,
         order: Tensor,
@@ -199,7 +206,7 @@ class _Experts(torch.autograd.Function):
             *(tokens, gates, order, places, ends, hidden, up_low, down_low),
             *(up, up_a, up_b, up_kept, down, down_a, down_b, down_kept),
         )
-        return _sum_over_experts(rows, places, top_k)
+        return sum_of_rows(rows, places, top_k)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -211,7 +218,7 @@ class _Experts(torch.autograd.Function):
         low_gradient = None if down_b is None else _grouped(rows, down_b, ends)
         weighted_gradient = _project_back(rows, down, down_a, down_b, down_kept, ends, low_gradient)
         hidden_gradient, gates_gradient, weighted = _back_through_activation(
-            ctx.activation, hidden, gates.reshape(-1)[order], weighted_gradient
+            ctx.activation, hidden, gates.reshape(-1)[order], weighted_gradient, again=down_a is not None
         )
         down_gradients = _adapter_gradients(weighted, down_kept, down_low, rows, low_gradient, ends)
         del rows, weighted, weighted_gradient
@@ -225,7 +232,7 @@ class _Experts(torch.autograd.Function):
         tokens_gradient = None
         if ctx.needs_input_grad[1]:
             rows = _project_back(hidden_gradient, up, up_a, up_b, up_kept, ends, low_gradient)
-            tokens_gradient = _sum_over_experts(rows, places, top_k)
+            tokens_gradient = sum_of_rows(rows, places, top_k)
         return (
             *(None, tokens_gradient, gates_gradient[places].view_as(gates), None, None, None),
             *(None, *up_gradients, None),
@@ -233,20 +240,26 @@ class _Experts(torch.autograd.Function):
         )
 
 
-def _weighted(activation: Callable[[Tensor], Tensor], hidden: Tensor, gates: Tensor) -> Tensor:
+def _weighted(activation: Callable[[Tensor], Tensor] | None, hidden: Tensor, gates: Tensor) -> Tensor:
     """The activated rows times their gates: multiplied in the gates' precision, rounded once."""
+    if activation is None:
+        return relu2_weighted(hidden, gates)
     return (activation(hidden) * gates.unsqueeze(1)).to(hidden.dtype)
 
 
-def _sum_over_experts(rows: Tensor, places: Tensor, top_k: int) -> Tensor:
-    """Sorted pairs → tokens. A sum over a dimension gives the same bits every time, `index_add` does not."""
-    return rows[places].view(-1, top_k, rows.shape[1]).sum(dim=1)
-
-
 def _back_through_activation(
-    activation: Callable[[Tensor], Tensor], hidden: Tensor, gates: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_weighted` once more, with its gradients: of `hidden`, of the gates, and its value."""
+    activation: Callable[[Tensor], Tensor] | None,
+    hidden: Tensor,
+    gates: Tensor,
+    gradient: Tensor,
+    *,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `_weighted`, of `hidden` and of the gates; if `again`, also its value."""
+    if activation is None:
+        of_hidden, of_gates, value = relu2_weighted_backward(hidden, gates, gradient, again=again)
+        assert of_gates is not None
+        return of_hidden, of_gates, value
     with torch.enable_grad():
         hidden, gates = hidden.detach().requires_grad_(), gates.detach().requires_grad_()
         weighted = _weighted(activation, hidden, gates)
@@ -255,7 +268,7 @@ def _back_through_activation(
 
 
 def _adapter_gradients(
-    rows: Tensor,
+    rows: Tensor | None,
     kept: Tensor | None,
     low: Tensor | None,
     gradient: Tensor,
@@ -267,7 +280,7 @@ def _adapter_gradients(
     The first factor lies by columns and the second by rows: of such products alone, the CUDA kernel takes
     groups of any size, none included.
     """
-    if low is None or low_gradient is None:
+    if rows is None or low is None or low_gradient is None:
         return None, None
     if kept is not None:
         rows = rows * kept

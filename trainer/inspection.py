@@ -1,9 +1,9 @@
 """`python -m trainer.inspection CONFIG.yaml [--set section.key=value …]`: what training would meet.
 
 Prints one JSON object, each of whose parts has either facts or an `error` (message, remedy, context).
-`--files` looks at the config, the weight files and the lines of data only: no torch, so quickly. Without it:
-tokenizer, chat template, token counts, the model's layers and the memory that they need. Nothing is trained
-or written, no weight is read, no GPU is used.
+`--paths` names the config's files and looks at none. `--files` looks at the config, the weight files and the
+lines of data only: no torch, so quickly. Without either: tokenizer, chat template, token counts, the model's
+layers and the memory that they need. Nothing is trained or written, no weight is read, no GPU is used.
 """
 
 from __future__ import annotations
@@ -36,16 +36,23 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--files", action="store_true")
+    parser.add_argument("--paths", action="store_true", help="the config's own facts only: quickest")
     parser.add_argument("--processes", type=int, default=1, help="that will train")
     arguments = parser.parse_args()
     found = inspect(
-        arguments.config, arguments.overrides, files=arguments.files, processes=arguments.processes
+        arguments.config,
+        arguments.overrides,
+        files=arguments.files,
+        paths=arguments.paths,
+        processes=arguments.processes,
     )
     sys.stdout.write("\n" + json.dumps(found) + "\n")
     return 0
 
 
-def inspect(file: Path, overrides: list[str], *, files: bool, processes: int = 1) -> Facts:
+def inspect(
+    file: Path, overrides: list[str], *, files: bool, paths: bool = False, processes: int = 1
+) -> Facts:
     """What is found; parts that come after a part with an error, and need it, are left out."""
     try:
         config = read_config(file, overrides)
@@ -54,12 +61,16 @@ def inspect(file: Path, overrides: list[str], *, files: bool, processes: int = 1
     described = {
         "device": config.device,
         "model": str(config.model.pretrained_model_name_or_path or ""),
+        "data": _path(config.dataset),
+        "validation_data": _path(config.validation_dataset),
         "dtype": config.model.dtype,
         "seq_length": config.dataset.seq_length,
         "overlong": config.dataset.overlong,
         "checkpoints": config.checkpoint.enabled,
         "notes": config.notes(),
     }
+    if paths:
+        return {"config": described}
     if files:
         return {"config": described, **_files(config)}
     os.environ.update(OFFLINE)
@@ -68,6 +79,11 @@ def inspect(file: Path, overrides: list[str], *, files: bool, processes: int = 1
     from trainer.model_inspection import inspect_model
 
     return {"config": described, **inspect_model(config, processes)}
+
+
+def _path(section: DatasetSection | None) -> str | None:
+    file = section.path_or_dataset_id if section else None
+    return None if file is None else str(file)
 
 
 def _files(config: Config) -> Facts:

@@ -25,6 +25,7 @@ from trainer.expert_lora import ADAPTER, adapted_parameters, compute_grouped
 from trainer.experts import projections, routed_experts
 from trainer.files import write_atomically
 from trainer.loading import local_part
+from trainer.lora_linear import compute_in_base_dtype
 from trainer.model import blocks_of
 from trainer.parallel import World
 
@@ -156,6 +157,7 @@ def add_lora(causal_lm: Any, targets: Targets, section: PeftSection, *, seed: in
         for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
             layer.lora_dropout[ADAPTER] = nn.Dropout(section.dropout)
     compute_grouped(model)
+    compute_in_base_dtype(model)
     return model
 
 

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from trainer.config import ModelSection
+from trainer.elementwise import prepare_elementwise
 from trainer.errors import ConfigError, EnvironmentMismatch
 from trainer.experts import prepare_experts, routed_experts
 from trainer.kernels import MambaKernels
 from trainer.loading import computed_buffers, load_weights, random_weights
 from trainer.loss import summed_cross_entropy
 from trainer.mamba import prepare_mixer
+from trainer.router import prepare_routers
 
 # transformers' annotations of its factories are incomplete.
 _CausalLM: Any = AutoModelForCausalLM
@@ -36,11 +38,20 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
 
-    def forward(self, input_ids: Tensor, labels: Tensor, **layout: Tensor | int) -> Tensor:
-        """Both [batch, length], and the documents' places if packed → the summed cross-entropy, in fp32."""
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, predicting: Tensor | None = None, **layout: Tensor | int
+    ) -> Tensor:
+        """Both [batch, length], and the documents' places if packed → the summed cross-entropy, in fp32.
+
+        `predicting`: see `summed_cross_entropy`.
+        """
+        if has_own_masks(self.causal_lm) and "position_ids" not in layout:
+            # No padding on the left and no documents: plain causality, which transformers would ask the
+            # device for.
+            layout["attention_mask"] = {}  # type: ignore[assignment]
         # With a cache object the mamba layers would leave the fused path.
         output = self.causal_lm.model(input_ids=input_ids, use_cache=False, **layout)
-        return summed_cross_entropy(output.last_hidden_state, labels, self.causal_lm.lm_head)
+        return summed_cross_entropy(output.last_hidden_state, labels, self.causal_lm.lm_head, predicting)
 
 
 def model_config(section: ModelSection) -> Any:
@@ -67,6 +78,8 @@ def empty_model(section: ModelSection, config: Any, kernels: MambaKernels, devic
         prepare_experts(experts)
     _keep_buffers_in_fp32(model)
     if config.model_type == "nemotron_h":
+        prepare_elementwise(model)
+        prepare_routers(model)
         low, high = config.time_step_limit
         for block in blocks_of(model):
             if block_kind(block) == "mamba":
@@ -104,6 +117,12 @@ def _keep_buffers_in_fp32(model: Any) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if name in kept:
                 setattr(module, name, buffer.float())
+
+
+def has_own_masks(causal_lm: Any) -> bool:
+    """Whether the model's forward takes masks by kind of block, and attention without one is causal."""
+    config = causal_lm.config
+    return bool(config.model_type == "nemotron_h" and config._attn_implementation == "sdpa")
 
 
 def blocks_of(causal_lm: Any) -> Sequence[Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from trainer.errors import TrainerError
 from trainer.files import write_atomically
+from trainer.stamp import Stamp
 
 Status = Literal["finished", "stopped", "failed"]
 
@@ -30,6 +31,16 @@ class Progress:
     """Of this process's steps after the first, over all ranks, without padding."""
     seconds: float = 0.0
     """Of the same steps."""
+    steps_total: int | None = None
+    """How many the whole training has."""
+    seconds_left: float | None = None
+    """Of training and validation, by the steps measured; without starting up."""
+    jobs_left: int | None = None
+    """How many more jobs of this one's length that takes."""
+    job_seconds: float | None = None
+    """The job's length, where its end is known."""
+    stamp: Stamp = field(default_factory=dict)
+    """What the run was started on, see `stamp.py`."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -52,5 +63,10 @@ def write_outcome(
         "peak_memory_bytes": progress.peak_memory_bytes,
         "first_step_seconds": progress.first_step_seconds,
         "adapter": progress.adapter,
+        "steps_total": progress.steps_total,
+        "seconds_left": progress.seconds_left,
+        "jobs_left": progress.jobs_left,
+        "job_seconds": progress.job_seconds,
+        "stamp": progress.stamp,
     }
     write_atomically(run_dir / "outcome.json", json.dumps(outcome, indent=1) + "\n")

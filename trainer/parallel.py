@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,7 +80,7 @@ class World:
 
 
 @contextmanager
-def open_world(device: str, *, timeout_minutes: int) -> Iterator[World]:
+def open_world(device: str, *, timeout_minutes: float) -> Iterator[World]:
     """Joins the processes that torchrun started; alone without torchrun.
 
     Raises EnvironmentMismatch if a GPU is asked for and there is none for this process.
@@ -99,6 +100,14 @@ def open_world(device: str, *, timeout_minutes: int) -> Iterator[World]:
         yield World(rank, size, place)
     finally:
         dist.destroy_process_group()
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Lets PyTorch, and the mamba kernels, which ask it, take algorithms that give the same bits every
+    time."""
+    torch.use_deterministic_algorithms(wanted)
+    # Uninitialised memory would be filled, for the sake of code that reads it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
@@ -127,8 +136,14 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
     afterwards, the adapters, is no part of it.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for unit in (*blocks, model):
-        fully_shard(unit, mesh=mesh)
+    units: list[Any] = [fully_shard(block, mesh=mesh) for block in blocks]
+    fully_shard(model, mesh=mesh)
+    # The next block's weights are asked for before this one computes: a host that starts the kernels of one
+    # block for longer than they run would ask too late.
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+    for unit, following in pairwise(reversed(units)):
+        unit.set_modules_to_backward_prefetch([following])
 
 
 def sum_gradients(adapters: Sequence[nn.Parameter], world: World) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from peft import PeftModel
 from torch import nn
 
 from trainer.config import Config
-from trainer.data import Dataset, Stream, open_dataset
+from trainer.data import Dataset, Stream, Work, open_dataset
 from trainer.errors import ConfigError
+from trainer.flops import TrainingFlops, mean_length, training_flops
 from trainer.kernels import find_mamba_kernels
 from trainer.lora import Targets, adapter_parameters, add_lora, choose_targets, share_adapted
 from trainer.metrics import Metrics
@@ -27,11 +28,13 @@ from trainer.model import (
     checkpoint_activations,
     empty_model,
     fill,
+    has_own_masks,
     kernels_in_use,
     model_config,
 )
 from trainer.outcome import Progress
 from trainer.parallel import World, shard
+from trainer.passes import Passes
 from trainer.placement import Plan, plan_run
 from trainer.schedule import make_optimizer
 from trainer.tokenizer import open_tokenizer
@@ -50,12 +53,17 @@ class Run:
     training_model: TrainingModel
     adapters: dict[str, nn.Parameter]
     optimizer: torch.optim.Adam
+    passes: Passes
     stream: Stream
     validation: Dataset | None
     plan: Plan
+    tokenizer: Any
     pad: int
+    flops: TrainingFlops
     steps: int
     """How many the whole training has."""
+    work_ahead: dict[int, Work] = field(default_factory=dict)
+    """Step → what was made for it while the step before was computed."""
 
     @property
     def checkpoints(self) -> Path:
@@ -106,14 +114,47 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
         training_model=training_model,
         adapters=adapters,
         optimizer=make_optimizer(adapters.values(), config.optimizer),
+        passes=Passes(
+            training_model,
+            list(adapters.values()),
+            world.device,
+            record=can_be_recorded(config, plan, causal_lm, targets, world.device),
+            warn=metrics.note,
+        ),
         stream=stream,
         validation=validation,
         plan=plan,
+        tokenizer=tokenizer,
         pad=tokenizer.pad_token_id,
+        flops=training_flops(
+            causal_lm,
+            mean_length(len(example.input_ids) for example in data.examples),
+            device=_device_name(world.device),
+            processes=world.size,
+        ),
         steps=steps_of(config, stream.rows_in(config.step_scheduler.num_epochs or 0)),
     )
     _announce(run, targets, shares, kernels_in_use(causal_lm, kernels), time.perf_counter() - started)
     return run
+
+
+def can_be_recorded(
+    config: Config, plan: Plan, causal_lm: Any, targets: Targets, device: torch.device
+) -> bool:
+    """Whether a pass may become a CUDA graph: the same kernels every time, and nothing asks the device.
+
+    Gathering sharded weights, and computing blocks again, do more than start kernels; dropout draws anew;
+    packed rows are laid out anew; and of other models transformers asks the device for the shape of the
+    attention mask.
+    """
+    head = causal_lm.get_output_embeddings()
+    return (
+        device.type == "cuda"
+        and config.distributed.cuda_graphs
+        and not (plan.shard or plan.checkpointing or config.peft.dropout or config.dataset.packing)
+        and has_own_masks(causal_lm)
+        and not any(module is head for name, module in causal_lm.named_modules() if name in targets.names)
+    )
 
 
 def check_batch_sizes(config: Config, processes: int) -> None:
@@ -146,6 +187,10 @@ def steps_of(config: Config, rows: int) -> int:
     return min(limit for limit in (scheduler.max_steps, epochs) if limit)
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def _announce(
     run: Run, targets: Targets, shares: dict[str, Any], kernels: dict[str, str], seconds: float
 ) -> None:
@@ -153,7 +198,7 @@ def _announce(
     datasets = {"data": run.stream.dataset, "validation_data": run.validation}
     metrics.write(
         "start",
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=_device_name(device),
         processes=run.world.size,
         steps=run.steps,
         seconds_to_prepare=seconds,
@@ -161,6 +206,9 @@ def _announce(
         kernels=kernels,
         placement=str(run.plan),
         memory=run.plan.memory,
+        flops_per_token=run.flops.token,
+        flops_per_trained_token=run.flops.trained_token,
+        peak_flops=run.flops.peak,
         **{name: data.figures() if data else None for name, data in datasets.items()},
     )
     metrics.say(

@@ -30,6 +30,17 @@ def noted(config: Config) -> set[str]:
     return {note.partition(": ")[0] for note in config.notes()}
 
 
+def test_the_shipped_config_is_the_guides_for_its_gpus() -> None:
+    shipped = changed(read_config(FIXTURES.parents[2] / "recipes/train/nemotron3-nano-leonardo.yaml"))
+    guide = changed(read_config(FIXTURES / "guide.yaml"))
+    assert shipped.pop("distributed") == {"gpu_memory_gib": 61}
+    for data in ("dataset", "validation_dataset"):
+        assert shipped[data].pop("seq_length") == 4096
+        assert shipped.pop(data).keys() == guide.pop(data).keys()
+    assert shipped.pop("model").keys() == guide.pop("model").keys()
+    assert shipped == guide
+
+
 def test_the_guides_file_means_the_same_here() -> None:
     config = read_config(FIXTURES / "guide.yaml")
     assert changed(config) == {
@@ -51,7 +62,6 @@ def test_the_guides_file_means_the_same_here() -> None:
             "init_lr": pytest.approx(1e-6),
             "min_lr": 1e-6,
         },
-        "distributed": {"timeout_minutes": 10},
     }
     assert (config.peft.dim, config.peft.alpha, config.model.dtype) == (8, 32, "bfloat16")
     assert (config.step_scheduler.local_batch_size, config.optimizer.max_grad_norm) == (1, 1.0)
@@ -136,6 +146,7 @@ def test_a_llama_recipe_means_the_same_here() -> None:
             "min_lr": pytest.approx(1e-6),
         },
         "distributed": {"placement": "replicate", "timeout_minutes": 5},
+        "logging": {"wandb_project": "tuning", "wandb_name": "llama"},
     }
     assert noted(config) == {
         "rng.seed",
@@ -154,9 +165,31 @@ def test_a_llama_recipe_means_the_same_here() -> None:
         "checkpoint.checkpoint_dir",
         "checkpoint.save_consolidated",
         "checkpoint.is_async",
-        "wandb",
         "slurm",
     }
+
+
+@pytest.mark.parametrize(
+    ("section", "logging", "notes"),
+    [
+        ({"project": "p", "name": "n"}, {"wandb_project": "p", "wandb_name": "n"}, set()),
+        ({"mode": "disabled"}, {"wandb": False}, set()),
+        ({"mode": "offline"}, {}, set()),
+        ({"mode": "online"}, {}, {"wandb"}),
+        (
+            {"entity": "e", "save_dir": "d", "tags": ["t"], "name": None},
+            {},
+            {"wandb.entity", "wandb.save_dir", "wandb"},
+        ),
+    ],
+)
+def test_what_weights_and_biases_is_told_is_taken_over_or_named(
+    config_file: Path, section: dict[str, Any], logging: dict[str, Any], notes: set[str]
+) -> None:
+    config_file.write_text(f"{CONFIG}{yaml.safe_dump({'wandb': section})}")
+    config = read_config(config_file)
+    assert changed(config).get("logging", {}) == logging
+    assert noted(config) == notes
 
 
 def test_a_packed_qwen3_moe_recipe_means_the_same_here() -> None:

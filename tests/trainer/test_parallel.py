@@ -25,7 +25,7 @@ def torchrun(config: Path, run: Path, *overrides: str) -> subprocess.CompletedPr
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
 

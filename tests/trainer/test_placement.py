@@ -99,11 +99,29 @@ def test_the_estimate_with_checkpointing_is_what_was_measured_on_one_gpu(nano: A
     assert (way.memory["peak_bytes"] - way.memory["other_bytes"]) / GIB == pytest.approx(61.7, abs=0.5)
 
 
+@pytest.mark.parametrize(("rows", "measured"), [(1, 68.6), (4, 94.9)])
+def test_the_estimate_without_checkpointing_is_near_what_was_measured_on_one_gpu(
+    nano: Any, nano_file: Path, rows: int, measured: float
+) -> None:
+    _, (way,) = ways(
+        nano,
+        nano_file,
+        1,
+        "distributed.activation_checkpointing=false",
+        f"step_scheduler.local_batch_size={rows}",
+        "step_scheduler.global_batch_size=16",
+        "peft.match_all_linear=false",
+        "peft.target_modules=[in_proj, q_proj, k_proj, v_proj, o_proj, shared_experts.*]",
+    )
+    assert (way.memory["peak_bytes"] - way.memory["other_bytes"]) / GIB == pytest.approx(measured, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("processes", "gib", "overrides", "expected"),
     [
         (1, 139, (), "replicate, without"),
-        (1, 80, (), "replicate, with"),
+        (1, 80, (), "replicate, without"),
+        (1, 70, (), "replicate, with"),
         (8, 139, (), "replicate, without"),
         (8, 139, ("distributed.placement=shard",), "shard, without"),
         (8, 66, (), "replicate, with"),

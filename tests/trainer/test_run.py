@@ -195,3 +195,12 @@ def test_other_weight_formats_and_absent_folders_are_refused(run_trainer: RunTra
     (tmp_path / "model/config.json").write_text('{"model_type": "nemotron_h"}')
     (tmp_path / "model/pytorch_model.bin").touch()
     assert "no safetensors" in run_trainer(*folder)[1]["error"]["message"]
+
+
+def test_a_deterministic_run_asks_pytorch_for_it_and_trains(run_trainer: RunTrainer) -> None:
+    try:
+        code, _ = run_trainer("deterministic=true", "step_scheduler.max_steps=2")
+        assert code == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
