@@ -6,8 +6,9 @@ import os
 import pwd
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from envbuilder.errors import MismatchError
 from envbuilder.process import run
@@ -25,7 +26,7 @@ class NoAnswerError(Exception):
     """Slurm did not answer; a moment later it may."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JobView:
     """A job as Slurm sees it."""
 
@@ -50,11 +51,12 @@ class JobView:
     """The user's name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Listed:
     """One of the user's jobs that squeue shows."""
 
     id: str
+    """Of a task of an array: the array's id, "_" and the task's index."""
     state: str
     reason: str
     start: str
@@ -78,25 +80,36 @@ def ask(*argv: str, timeout_s: float = _TIMEOUT_S) -> str:
 
 
 def job_view(job_id: str) -> JobView | None:
-    """The job as the controller knows it, else as the accounting does; None where neither does (yet)."""
+    """The job as the controller knows it; None where it does not (any more, or yet): see `job_lives`."""
     try:
-        return parse_job(ask("scontrol", "--oneliner", "show", "job", job_id))
+        job = parse_job(ask("scontrol", "--oneliner", "show", "job", job_id))
+        # A task of an array is shown by a number of its own, too.
+        return job and replace(job, id=job_id)
     except NoAnswerError as error:
         if "Invalid job id" not in str(error):
             raise
-    lives = job_lives(job_id)
-    return lives[-1] if lives else None
+    return None
 
 
 def job_lives(job_id: str) -> list[JobView]:
     """All lives of a job from the accounting, oldest first; empty where it has none, or no accounting."""
-    columns = "State,ExitCode,Start,Partition,QOS,NodeList,Timelimit"
+    return lives_of([job_id]).get(job_id, [])
+
+
+def lives_of(job_ids: Sequence[str]) -> dict[str, list[JobView]]:
+    """The same of several jobs, in one question; those that the accounting doesn't know are left out."""
+    columns = "JobID,State,ExitCode,Start,Partition,QOS,NodeList,Timelimit"
     try:
-        listed = ask("sacct", "-X", "-D", "-P", "-n", "-j", job_id, "-o", columns)
+        listed = ask("sacct", "-X", "-D", "-P", "-n", "-j", ",".join(job_ids), "-o", columns)
     except (NoAnswerError, MismatchError):
-        return []
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == columns.count(",")]
-    return [_life(job_id, number, row) for number, row in enumerate(rows)]
+        return {}
+    lives: dict[str, list[JobView]] = {}
+    for line in listed.splitlines():
+        if line.count("|") == columns.count(","):
+            job_id, *row = line.split("|")
+            before = lives.setdefault(job_id, [])
+            before.append(_life(job_id, len(before), row))
+    return lives
 
 
 def cancelled_by(job_id: str) -> str | None:
@@ -176,15 +189,28 @@ def jobs_ahead(job: JobView) -> int | None:
     return sum(1 for words in waiting if len(words) == 2 and _number(words[1]) > job.priority)
 
 
-def my_jobs(qos: str | None = None) -> list[Listed]:
-    """The user's jobs that wait or run, of one QoS or of all; the tool's own have names with PREFIX."""
+def my_jobs(qos: str | None = None, account: str | None = None) -> list[Listed]:
+    """The user's jobs that wait or run, of one QoS and account or of all, each task of an array by itself.
+
+    The tool's own have names with PREFIX.
+    """
     only = [f"--qos={qos}"] if qos else []
-    listed = ask("squeue", "--me", "-h", *only, "-o", "%i|%T|%r|%S|%M|%L|%P|%q|%j", timeout_s=_SHORT_S)
+    return _listed(*only, *([f"--account={account}"] if account else []))
+
+
+def jobs_called(name: str) -> list[Listed]:
+    """The user's jobs of that name, those that ended a while ago too, as long as Slurm remembers them."""
+    return _listed(f"--name={name}", "--states=all")
+
+
+def _listed(*only: str) -> list[Listed]:
+    shown = ("-o", "%i|%T|%r|%S|%M|%L|%P|%q|%j")
+    listed = ask("squeue", "--me", "-h", "-r", *only, *shown, timeout_s=_SHORT_S)
     rows = (line.split("|", 8) for line in listed.splitlines())
     return [Listed(*row) for row in rows if len(row) == 9]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QosLimits:
     """What a QoS allows; None: no limit, or nobody says."""
 
@@ -200,6 +226,34 @@ def qos_limits(qos: str) -> QosLimits:
     except (NoAnswerError, MismatchError):
         return QosLimits()
     return QosLimits(maxima.wall_s, maxima.submitted) if maxima else QosLimits()
+
+
+def account_limit(account: str | None) -> tuple[int, str] | None:
+    """How many jobs of the user, queued and running together, an account takes, and its name.
+
+    None where there is no limit, or nobody says. Without `account` it is that of jobs that name none.
+    """
+    columns = "account,defaultaccount,maxsubmitjobs"
+    only = ("where", f"user={pwd.getpwuid(os.getuid()).pw_name}", f"format={columns}")
+    try:
+        shown = ask("sacctmgr", "-nP", "show", "user", "withassoc", *only, timeout_s=_SHORT_S)
+    except (NoAnswerError, MismatchError):
+        return None
+    rows = [line.split("|") for line in shown.splitlines() if line.count("|") == columns.count(",")]
+    limits = [
+        (int(most), name) for name, usual, most in rows if name == (account or usual) and most.isdigit()
+    ]
+    return min(limits, default=None)
+
+
+def max_array_size() -> int | None:
+    """One more than the highest index of an array's task, 0 where there are no arrays; None: nobody says."""
+    try:
+        shown = ask("scontrol", "show", "config", timeout_s=_SHORT_S)
+    except (NoAnswerError, MismatchError):
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def partition_wall_s(partition: str) -> int | None:
@@ -231,7 +285,7 @@ def partition_facts(partition: str) -> dict[str, str] | None:
     return dict(re.findall(r"(\w+)=(\S*)", shown))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Association:
     """An account that a user may charge, and how."""
 
@@ -262,7 +316,7 @@ def enforced() -> frozenset[str]:
     return frozenset(found[1].split(",")) - {"none"} if found else frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QosMaxima:
     """How much a QoS gives; what it sets no limit to is not in the tables."""
 
@@ -279,7 +333,7 @@ def qos_maxima(qos: str) -> QosMaxima | None:
     columns = "name,maxwall,maxsubmitpu,maxtres,maxtrespu"
     shown = ask("sacctmgr", "-nP", "show", "qos", qos, f"format={columns}", timeout_s=_SHORT_S)
     for line in shown.splitlines():
-        row = dict(zip(columns.split(","), line.split("|"), strict=False))
+        row = dict(zip(columns.split(","), line.split("|")))
         if row["name"] == qos:
             submitted = row.get("maxsubmitpu", "")
             return QosMaxima(
@@ -295,7 +349,7 @@ def _resources(text: str) -> dict[str, str]:
     return dict(re.findall(r"([\w/:]+)=([^,]+)", text))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PartitionNode:
     """A node, as a partition has it."""
 

@@ -1,7 +1,8 @@
 """Following a job to its end: why it waits, how far it is, and how it ended.
 
-Slurm is asked seldom, and ever more seldom while nothing changes; the progress file, which costs it nothing,
-is read more often. A controller that does not answer ends nothing.
+What the job itself writes (that it began, how far it is, with what it ended) is read every few seconds and
+told at once. Slurm is asked at most once a minute, whatever there is to ask; once more for the verdict, when
+the job has said that it failed, and for who cancelled it. A controller that does not answer ends nothing.
 """
 
 from __future__ import annotations
@@ -10,36 +11,27 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from envbuilder.errors import SlurmError
+from envbuilder.errors import SlurmError, StoppedError
 from envbuilder.paths import Root
-from envbuilder.progress_file import DONE, progress_path, read_progress
+from envbuilder.progress_file import DONE, STARTING, Progress, progress_path, read_progress
 from envbuilder.report import Reporter
 from envbuilder.slurm.joblog import read_log_end
-from envbuilder.slurm.verdict import ENDED, PERHAPS_AGAIN, verdict
+from envbuilder.slurm.pace import Pace, usual_pace
+from envbuilder.slurm.submit import submitted_with
+from envbuilder.slurm.verdict import ENDED, PERHAPS_AGAIN, TOLD_TO_END, verdict
 from envbuilder.slurm.waiting import Waiting, waiting_for
+from envbuilder.slurm.work import work_of
 from envbuilder.slurm_queries import JobView, NoAnswerError, cancelled_by, job_lives, job_view, jobs_ahead
 from envbuilder.slurm_time import spoken
 
-_BACK_OFF = 1.5
 _NAMES = 3
 """How many of the units that are under way are named."""
+_STOPPED = ("STOPPED",)
+"""Told of a life that said itself that it ended, while Slurm may still call it running."""
+_STOPS = {StoppedError.exit_code: "it stopped in good order", TOLD_TO_END: "it was told to end"}
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Times of the following, in seconds."""
-
-    look_s: float = 2.0
-    """Between two looks at the progress file, and at first between two questions to Slurm."""
-    longest_s: float = 30.0
-    """Between two questions to Slurm, once nothing has changed for long."""
-    tell_s: float = 60.0
-    """Between two words about what has not changed: time left, place in the queue."""
-    unknown_s: float = 90.0
-    """How long a job may be unknown: the accounting comes late."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ended:
     """A job that did what it was to do."""
 
@@ -57,12 +49,15 @@ def follow(
 ) -> Ended:
     """Follows the job until it ends, and tells `reporter` of what changes. `again` is the command to go on.
 
+    Where the job was submitted with another command, as `status` can't know, that one counts.
+
     Ctrl-C, or whatever else interrupts, leaves the job as it is, and is raised on after saying so.
 
     Raises the error that envbuilder ended with in the job, with its exit code; SlurmError where Slurm ended
     the job, where it will never start, and where Slurm does not know it.
     """
-    following = _Following(job_id, log, root, reporter, pace or Pace())
+    again = submitted_with(root, job_id) or again
+    following = _Following(job_id, log, root, reporter, pace or usual_pace())
     try:
         job = following.to_its_end()
         if job.state == "CANCELLED" and job.cancelled_by is None:
@@ -87,14 +82,25 @@ class _Following:
     def __init__(self, job_id: str, log: Path, root: Root, reporter: Reporter, pace: Pace) -> None:
         self._id, self._log, self._reporter, self._pace = job_id, log, reporter, pace
         self._progress_file = progress_path(root, job_id)
+        self._work = work_of(log.name)
         self._began = time.monotonic()
+        self._next_question = self._began + pace.settle_s
+        # A job that is queued again has a log, too: only one that comes says that it runs.
+        self._log_was_there = log.exists()
         self._silent = False
-        self._known = self._began
+        self._misses = 0
+        self._is_forgotten = False
+        self._seen: JobView | None = None
         self._told: tuple[str, ...] = ()
         self._told_at = 0.0
         self._counts: tuple[int, int] | None = None
         self._stage = ""
-        self._restarts = 0
+        self._life = 1
+        self._unexplained = False
+        """Whether the accounting is to say why this life began."""
+        self._place_asked = True
+        self._ended: tuple[int, int] | None = None
+        """The life of which the job wrote that it has ended, and its exit code."""
         self._never = 0
 
     def seconds(self) -> float:
@@ -102,35 +108,57 @@ class _Following:
 
     def to_its_end(self) -> JobView:
         """The job's last view, in a state that it will not leave."""
-        interval, next_question = self._pace.look_s, 0.0
-        before: JobView | None = None
         while True:
-            if time.monotonic() >= next_question:
+            progress = read_progress(self._progress_file)
+            self._heed(progress)
+            if progress is not None and progress.ended == 0:
+                self._tell_progress(progress)
+                return JobView(self._id, "COMPLETED", restarts=progress.life - 1)
+            if time.monotonic() >= self._next_question:
                 job = self._ask()
-                # One that Slurm runs again may be seen between its lives, as ended.
-                again = before is None or job is None or before.state != job.state
-                if job and job.state in ENDED and not (again and job.state in PERHAPS_AGAIN):
-                    self._tell_progress()
-                    return job
-                changed = job is not None and (before is None or _essence(job) != _essence(before))
-                interval = self._pace.look_s if changed else min(interval * _BACK_OFF, self._pace.longest_s)
-                next_question = time.monotonic() + interval
-                before = job or before
+                self._next_question = time.monotonic() + self._pace.ask_s
                 if job is not None:
+                    has_ended = self._has_ended(job)
+                    self._seen = job
+                    if has_ended:
+                        self._tell_progress(read_progress(self._progress_file))
+                        return job
                     self._tell(job)
-            elif before and before.state == "RUNNING":
-                self._tell_progress()
             time.sleep(self._pace.look_s)
+
+    def _has_ended(self, job: JobView) -> bool:
+        # One that Slurm runs again may be seen between its lives, as ended.
+        again = self._seen is None or self._seen.state != job.state
+        return job.state in ENDED and not (again and job.state in PERHAPS_AGAIN)
 
     def who_cancelled(self) -> str | None:
         """The user's name from the accounting, which may come some seconds late."""
-        for _ in range(3):
+        for wait_s in (self._pace.look_s, self._pace.ask_s, self._pace.ask_s):
+            time.sleep(wait_s)
             if name := cancelled_by(self._id):
                 return name
-            time.sleep(self._pace.look_s)
         return None
 
     def _ask(self) -> JobView | None:
+        """The one question of this turn: most often the job's state, else what is wondered about."""
+        if self._unexplained:
+            self._unexplained = False
+            self._tell_life(job_lives(self._id))
+            return None
+        if not self._place_asked and self._seen is not None:
+            self._place_asked = True
+            self._tell_place(self._seen)
+            return None
+        job = self._view()
+        self._misses = 0 if job is not None or self._silent else self._misses + 1
+        return self._unknown() if self._misses > self._pace.unknown else job
+
+    def _view(self) -> JobView | None:
+        """The job, from the controller, or from the accounting where the controller didn't know it."""
+        if self._is_forgotten:
+            self._is_forgotten = False
+            lives = job_lives(self._id)
+            return lives[-1] if lives else None
         try:
             job = job_view(self._id)
         except NoAnswerError as error:
@@ -140,15 +168,11 @@ class _Following:
                 self._reporter.warn(
                     f"Slurm does not answer ({said}); asking on, the job is not touched by it"
                 )
-            self._known = time.monotonic()
             return None
         if self._silent:
             self._silent = False
             self._reporter.note("Slurm answers again")
-        if job is not None:
-            self._known = time.monotonic()
-        elif time.monotonic() - self._known > self._pace.unknown_s:
-            return self._unknown()
+        self._is_forgotten = job is None
         return job
 
     def _unknown(self) -> JobView:
@@ -162,60 +186,100 @@ class _Following:
             context={"job": self._id, "the log's end": "\n" + read_log_end(self._log).last},
         )
 
+    def _heed(self, progress: Progress | None) -> None:
+        """Tells what the job's own files say."""
+        if progress is None:
+            if not self._told and not self._log_was_there and self._log.exists():
+                self._tell_running("")
+            return
+        if progress.ended is None:
+            if progress.life > self._life:
+                self._begin_life(progress.life)
+            if progress.life == self._life:
+                self._tell_running(progress.node)
+                self._tell_progress(progress)
+        elif self._ended != (progress.life, progress.ended):
+            self._ended = (progress.life, progress.ended)
+            if progress.ended and progress.life == self._life:
+                self._tell_stop(progress.ended)
+
+    def _tell_stop(self, exit_code: int) -> None:
+        how = _STOPS.get(exit_code, f"it ended with exit code {exit_code}")
+        self._reporter.stage(f"job {self._id}: {how}; asking Slurm what comes of it")
+        self._told = _STOPPED
+        self._next_question = min(self._next_question, time.monotonic() + self._pace.settle_s)
+
+    def _begin_life(self, life: int) -> None:
+        """A life that is new; why the one before ended is told at once where it is known."""
+        self._life = life
+        if self._ended is not None and self._ended[0] == life - 1:
+            code = self._ended[1]
+            self._warn_of_life(f" after {_STOPS.get(code, f'exit code {code}')}")
+        else:
+            self._unexplained = True
+
+    def _tell_life(self, lives: list[JobView]) -> None:
+        before = [life.state for life in lives[: self._life - 1]]
+        self._warn_of_life(f" after {before[-1]}" if before else "")
+
+    def _warn_of_life(self, why: str) -> None:
+        self._reporter.warn(f"job {self._id} starts again{why}: life {self._life}")
+
     def _tell(self, job: JobView) -> None:
-        if job.restarts > self._restarts:
-            self._tell_life(job)
+        if job.restarts >= self._life:
+            self._begin_life(job.restarts + 1)
         if job.state == "PENDING":
             self._tell_queued(job)
             return
         self._never = 0
-        if self._told != (job.state, job.node):
-            self._told = (job.state, job.node)
-            node = f" on {job.node}" if job.node else ""
-            limit = f", for at most {job.limit}" if job.limit and job.state == "RUNNING" else ""
-            self._reporter.stage(f"job {self._id} is {job.state.lower()}{node}{limit}")
-            self._told_at = time.monotonic()
         if job.state == "RUNNING":
-            self._tell_progress()
+            if self._told != _STOPPED:
+                self._tell_running(job.node, job.limit)
+        elif self._told != (job.state,):
+            self._told = (job.state,)
+            self._reporter.stage(f"job {self._id} is {job.state.lower()}")
 
-    def _tell_life(self, job: JobView) -> None:
-        self._restarts = job.restarts
-        lives = job_lives(self._id)
-        before = [life.state for life in lives[: job.restarts]]
-        why = f" after {before[-1]}" if before else ""
-        self._reporter.warn(f"job {self._id} starts again{why}: life {job.restarts + 1}")
+    def _tell_running(self, node: str, limit: str = "") -> None:
+        if self._told == ("RUNNING", str(self._life)):
+            return
+        self._told, self._told_at = ("RUNNING", str(self._life)), time.monotonic()
+        limit = limit or (self._seen.limit if self._seen else "")
+        on = f" on {node}" if node else ""
+        most = f", for at most {limit}" if limit else ""
+        self._reporter.stage(f"job {self._id} is running{on}{most}")
 
     def _tell_queued(self, job: JobView) -> None:
         waiting = waiting_for(job.reason, job_id=self._id, partition=job.partition, qos=job.qos)
         new = self._told != ("PENDING", waiting.words)
         if new or time.monotonic() - self._told_at > self._pace.tell_s:
             self._told, self._told_at = ("PENDING", waiting.words), time.monotonic()
-            self._reporter.stage(f"job {self._id} is queued: {waiting.words}{self._place(job)}")
+            expected = f"; expected to start at {job.start}" if job.start else ""
+            self._reporter.stage(f"job {self._id} is queued: {waiting.words}{expected}")
             if new and waiting.remedy and not waiting.forever:
                 self._reporter.warn(waiting.remedy)
+        self._place_asked = job.reason != "Priority"
         # Twice in a row: a reason may be there for a moment only, while an operator changes a limit.
         self._never = self._never + 1 if waiting.forever else 0
         if self._never > 1:
-            raise _never_starts(job, waiting)
+            raise never_starts(job.id, job.reason, waiting)
 
-    def _place(self, job: JobView) -> str:
-        place = jobs_ahead(job) if job.reason == "Priority" else None
-        ahead = f"; {place} jobs of the partition are before it" if place else ""
-        return ahead + (f"; expected to start at {job.start}" if job.start else "")
+    def _tell_place(self, job: JobView) -> None:
+        if place := jobs_ahead(job):
+            self._reporter.note(f"{place} jobs of the partition are before job {self._id}")
 
-    def _tell_progress(self) -> None:
-        progress = read_progress(self._progress_file)
+    def _tell_progress(self, progress: Progress | None) -> None:
         if progress is None:
             return
-        if progress.stage not in (self._stage, DONE):
+        if progress.stage not in (self._stage, STARTING, DONE):
             self._stage = progress.stage
             self._reporter.stage(progress.stage)
         if progress.total > 0 and self._counts != (progress.done, progress.total):
             self._counts = (progress.done, progress.total)
-            self._reporter.progress(f"job {self._id}", progress.done, progress.total, "units")
+            self._reporter.progress(f"job {self._id}", progress.done, progress.total, self._work.unit)
         if progress.done < progress.total and time.monotonic() - self._told_at > self._pace.tell_s:
             self._told_at = time.monotonic()
-            words = [f"{progress.done} of {progress.total} units are ready"]
+            words = [f"{progress.done} of {progress.total} {self._work.unit} are {self._work.ready}"]
+            words += [progress.figures] if progress.figures else []
             if progress.seconds_left is not None:
                 words.append(f"about {spoken(progress.seconds_left)} left")
             if progress.running:
@@ -224,13 +288,10 @@ class _Following:
             self._reporter.note("; ".join(words))
 
 
-def _essence(job: JobView) -> tuple[str, str, int]:
-    return job.state, job.reason, job.restarts
-
-
-def _never_starts(job: JobView, waiting: Waiting) -> SlurmError:
+def never_starts(job_id: str, reason: str, waiting: Waiting) -> SlurmError:
+    """Of a job that waits for what will not come."""
     return SlurmError(
-        f"The job {job.id} will not start as it is: {waiting.words}.",
-        remedy=waiting.remedy or f"scancel {job.id}",
-        context={"job": job.id, "reason": job.reason},
+        f"The job {job_id} will not start as it is: {waiting.words}.",
+        remedy=waiting.remedy or f"scancel {job_id}",
+        context={"job": job_id, "reason": reason},
     )

@@ -11,7 +11,7 @@ _READ_BYTES = 256 * 1024
 _LAST_LINES = 15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LogEnd:
     """What the end of a log says."""
 

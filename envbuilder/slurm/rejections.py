@@ -13,7 +13,7 @@ from envbuilder.errors import SlurmError
 from envbuilder.site import JobSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rejection:
     """One way to be refused. `{…}` in both texts are fields of the job's section of the site file."""
 
@@ -108,6 +108,12 @@ REJECTIONS = (
         "Submit without --after, or name one that is listed by: squeue --me",
     ),
     Rejection(
+        r"Invalid job array specification",
+        "This cluster takes no such job array: it takes none at all, or none with so high a number.",
+        "Look at MaxArraySize (0: no arrays; train each run by itself then, with envbuilder train --sbatch): "
+        "scontrol show config",
+    ),
+    Rejection(
         r"unrecognized option|unrecognised option|Invalid --\S+ specification|Invalid directive|"
         r"Invalid (numeric|time limit) (value|specification)",
         "This cluster's sbatch does not understand an option of the job's script.",
@@ -156,15 +162,20 @@ def rejection_error(output: str, spec: JobSpec) -> SlurmError:
     """What `output`, all that sbatch wrote when it refused a job of `spec`, means."""
     said = " ".join(_PREFIXES.sub("", line) for line in output.split("\n")).strip()
     fields = {key: "(default)" if value is None else value for key, value in spec.model_dump().items()}
+
+    def command(text: str) -> str:
+        # Where the site names no partition, the commands are about all of them.
+        return re.sub(r" (--partition=)?\(default\)", "", text.format_map(fields))
+
     for rejection in REJECTIONS:
         if re.search(rejection.pattern, output):
             return SlurmError(
                 rejection.message.format_map(fields),
-                remedy=rejection.remedy.format_map(fields),
+                remedy=command(rejection.remedy),
                 context={"sbatch": said},
             )
     return SlurmError(
         f"Slurm refused the job: {said or 'sbatch gave no reason'}.",
-        remedy=f"Compare the site file with the partition's limits: {_PARTITION_LIMITS.format_map(fields)}",
+        remedy=f"Compare the site file with the partition's limits: {command(_PARTITION_LIMITS)}",
         context={"sbatch": said},
     )

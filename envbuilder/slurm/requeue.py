@@ -9,25 +9,23 @@ from pathlib import Path
 from envbuilder.atomic import write_atomically
 from envbuilder.errors import SlurmError, UsageError
 from envbuilder.paths import Root
-from envbuilder.progress_file import progress_path, read_progress
+from envbuilder.progress_file import own_job_id, progress_path, read_progress
 from envbuilder.report import Reporter
+from envbuilder.slurm.work import COMPILING, Work
 from envbuilder.slurm_queries import NoAnswerError, ask
 
-MOST_LIVES = 21
-"""The first one and 20 more: whoever needs that many should look at the walltime."""
 
-
-def requeue_this_job(root: Root, reporter: Reporter) -> str:
+def requeue_this_job(root: Root, reporter: Reporter, work: Work = COMPILING) -> str:
     """Has Slurm run this job again, from its beginning, and returns its id.
 
     For a program inside a job that stopped in good order, after its last word to the progress file. Slurm
     ends this life with SIGTERM, so exit right after.
 
-    Raises UsageError outside of a job; SlurmError where the job has lived MOST_LIVES times, where this life
-    made no more units ready than the one before, and where Slurm refuses.
+    Raises UsageError outside of a job; SlurmError where the job has lived as often as it may, where this life
+    brought no more than the one before, and where Slurm refuses.
     """
-    job_id = os.environ.get("SLURM_JOB_ID", "")
-    if not job_id.isdigit():
+    job_id = own_job_id()
+    if job_id is None:
         raise UsageError(
             "This is no Slurm job, so there is nothing to run again.",
             remedy="Run the same command again: it goes on from where it stopped.",
@@ -36,21 +34,25 @@ def requeue_this_job(root: Root, reporter: Reporter) -> str:
     lives = 1 + (int(restarts) if restarts.isdigit() else 0)
     progress = read_progress(progress_path(root, job_id))
     done = progress.done if progress else 0
-    if lives >= MOST_LIVES:
+    if lives >= work.most_lives:
         raise SlurmError(
             f"The job {job_id} has run {lives} times, and is not run again.",
-            remedy="Set a longer walltime in the site file, and submit again: what was built is kept.",
-            context={"job": job_id, "units ready": done},
+            remedy=f"Set a longer walltime in the site file, and submit again. {work.kept}.",
+            context={"job": job_id, f"{work.unit} {work.ready}": done},
         )
     record = lives_path(root, job_id)
     before = _done_before(record)
     # The first life may have spent its time on modules and cold disks: it alone is compared with nothing.
     if before and done <= before[-1]:
         raise SlurmError(
-            f"The job {job_id} is not run again: this life, number {lives}, made no unit ready.",
-            remedy="Set a longer walltime in the site file (one unit takes longer than one life), and submit "
-            "again: what was built is kept.",
-            context={"job": job_id, "units ready": done, "units ready in the last life": before[-1]},
+            f"The job {job_id} is not run again: this life, number {lives}, brought none of its {work.unit}.",
+            remedy="Set a longer walltime in the site file (one takes longer than a life), and submit again. "
+            f"{work.kept}.",
+            context={
+                "job": job_id,
+                f"{work.unit} {work.ready}": done,
+                f"{work.unit} {work.ready} in the last life": before[-1],
+            },
         )
     write_atomically(record, json.dumps({"done": [*before, done]}) + "\n")
     try:
@@ -58,11 +60,11 @@ def requeue_this_job(root: Root, reporter: Reporter) -> str:
     except NoAnswerError as error:
         raise SlurmError(
             f"Slurm does not run the job {job_id} again: {error}.",
-            remedy="Submit the same command again: what was built is kept. Jobs that Slurm may run again are "
-            "submitted with --requeue.",
+            remedy=f"Submit the same command again. {work.kept}. Jobs that Slurm may run again are submitted "
+            "with --requeue.",
             context={"job": job_id},
         ) from error
-    reporter.note(f"job {job_id} is queued again for life {lives + 1}; {done} units are ready")
+    reporter.note(f"job {job_id} is queued again for life {lives + 1}; {done} {work.unit} are {work.ready}")
     return job_id
 
 
@@ -73,9 +75,6 @@ def lives_path(root: Root, job_id: str) -> Path:
 
 def _done_before(path: Path) -> list[int]:
     try:
-        match json.loads(path.read_bytes()):
-            case {"done": list(counts)}:
-                return [int(count) for count in counts]
-    except (OSError, ValueError, TypeError):
-        pass
-    return []
+        return [int(count) for count in json.loads(path.read_bytes())["done"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []

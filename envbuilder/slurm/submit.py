@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from envbuilder.atomic import make_folder, write_atomically
-from envbuilder.errors import MismatchError, SlurmError, UsageError
+from envbuilder.errors import MismatchError
 from envbuilder.paths import Root
-from envbuilder.process import run
+from envbuilder.process import Completed, run
 from envbuilder.report import Reporter
 from envbuilder.site import JobSpec, Site, load_site
-from envbuilder.slurm.preflight import check_qos_is_free, planned_walltime, wait_for_qos
+from envbuilder.slurm.plan import Asked, Plan, job_of, self_words, tell_walltime, template_of
+from envbuilder.slurm.preflight import (
+    check_qos_is_free,
+    check_run_is_free,
+    scripts_folder,
+    tell_account,
+    wait_for_qos,
+)
 from envbuilder.slurm.rejections import rejection_error
-from envbuilder.slurm.script import Job, render_script
-from envbuilder.slurm_queries import PREFIX
-from envbuilder.slurm_time import seconds_of, slurm_time, spoken
+from envbuilder.slurm.script import Array, Job, render_script
+from envbuilder.slurm.work import TRAINING, work_of
 
 # sbatch gives the job its own environment. These alone go along, so that a job is what its script says, and
 # not what happened to be loaded and set in the shell that it was submitted from.
@@ -29,90 +37,32 @@ _PASSED_ON = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "SLURM_CONF", "SBATCH_
 _SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Submitted:
     """A job that Slurm has taken."""
 
     id: str
     script: Path
     log: Path
-    """Where its output comes, once it runs."""
+    """Where its output comes, once it runs; of an array's tasks, with `*` for the index."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a job asks Slurm for beside its section of the site file; see `script.Job`."""
+def submit_planned(plan: Plan, root: Root, reporter: Reporter, again: str) -> Submitted:
+    """Submits `plan` when its QoS takes it. `again` is the command that was typed, for what is said before.
 
-    warned: bool = False
-    requeue: bool = False
-    after: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """How a job is to be submitted, beside what the site says."""
-
-    requeue: bool = False
-    """It runs itself again until all is done (for compile: `--requeue-job`)."""
-    after: str | None = None
-    """Id of a job that must have ended before it starts."""
-    wait_for_qos: bool = False
-    """Where its QoS takes no further job now, wait until it does."""
-    estimate_s: float | None = None
-    """Seconds that the work is expected to take on the site's nodes; None where nobody knows."""
-
-
-def submit_compile(
-    recipe_path: Path,
-    recipe_name: str,
-    site_name: str,
-    root: Root,
-    flags: Sequence[str],
-    *,
-    reporter: Reporter,
-    again: str,
-    wishes: Wishes | None = None,
-) -> Submitted:
-    """Submits `envbuilder compile RECIPE --local` with `flags`, under the site's [build] section.
-
-    The compute node runs this very interpreter and envbuilder, so both must lie where it can see them.
-    `again` is the command that was typed, for what is said before submitting.
-
-    Raises, beside what `submit` raises, SlurmError where the QoS takes no further job now.
+    Raises, beside what `submit` raises, SlurmError where a job for this run waits or runs already, and where
+    the QoS takes no further job now.
     """
-    wishes = wishes or Wishes()
-    if wishes.after is not None and not re.fullmatch(r"\d+", wishes.after):
-        raise UsageError(
-            f"{wishes.after!r} is no job's number.",
-            remedy="Give --after the number that squeue --me shows.",
-        )
-    site = load_site(site_name)
-    _find_sbatch()  # Said before anything is waited for.
-    spec = _with_walltime(site.build, wishes, reporter, again)
-    if wishes.wait_for_qos:
-        wait_for_qos(spec, reporter)
+    find_sbatch()  # Said before anything is waited for.
+    if work_of(plan.name) is TRAINING and plan.job.array is None:
+        check_run_is_free(plan.name, root, after=plan.wishes.after)
+    tell_walltime(plan, reporter, again)
+    tell_account(plan.site, plan.spec, reporter)
+    if plan.wishes.wait_for_qos:
+        wait_for_qos(plan.spec, root, reporter)
     else:
-        check_qos_is_free(spec, again)
-    more = ("--requeue-job",) if wishes.requeue else ()
-    words = _self_words(root, ("compile", str(recipe_path.absolute()), "--local", *flags, *more))
-    job = Asked(warned=True, requeue=wishes.requeue, after=wishes.after)
-    return submit(site, spec, f"compile-{recipe_name}", words, root=root, asked=job)
-
-
-def _with_walltime(spec: JobSpec, wishes: Wishes, reporter: Reporter, again: str) -> JobSpec:
-    """`spec` with the walltime that the estimate asks for; says so where one job won't do."""
-    planned = planned_walltime(spec, wishes.estimate_s)
-    if planned.jobs > 1 and wishes.estimate_s is not None:
-        parts = f"{planned.jobs} {'lives of this job' if wishes.requeue else 'jobs'}"
-        reporter.warn(
-            f"the work is expected to take {spoken(wishes.estimate_s)}, and a job may run for "
-            f"{spoken(planned.seconds)}: it will continue over {parts}"
-        )
-        if not wishes.requeue:
-            reporter.warn(f"to have the job run itself again until all is done: {again} --requeue")
-    if planned.seconds == seconds_of(spec.walltime):
-        return spec
-    return spec.model_copy(update={"walltime": slurm_time(planned.seconds)})
+        check_qos_is_free(plan.spec, root, again)
+    return _hand_over(plan.name, plan.script, plan.spec, plan.job, root, again)
 
 
 def submit_probe(site_name: str, output: Path, root: Root, flags: Sequence[str]) -> Submitted:
@@ -121,12 +71,8 @@ def submit_probe(site_name: str, output: Path, root: Root, flags: Sequence[str])
     `output` must lie where the compute node can write it.
     """
     site = load_site(site_name)
-    words = _self_words(root, ("probe", "--output", str(output.absolute()), *flags))
+    words = self_words(root, ("probe", "--output", str(output.absolute()), *flags))
     return submit(site, site.build, "probe", words, root=root)
-
-
-def _self_words(root: Root, words: Sequence[str]) -> tuple[str, ...]:
-    return (sys.executable, "-m", "envbuilder", "--root", str(root.path), *words)
 
 
 def submit(
@@ -142,32 +88,64 @@ def submit(
 
     Raises MismatchError where there is no sbatch, SlurmError where Slurm refuses the job.
     """
-    folder = root.logs / "slurm"
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    script, log = folder / f"{stem}.sh", folder / f"{name}-%j.log"
-    if odd := re.search(r'["%\\\n]', str(folder)):
-        raise SlurmError(
-            f"Slurm can't write a job's log under {folder}: the path holds {odd[0]!r}.",
-            remedy="Give a root without quotes, backslashes and per cent signs: envbuilder --root ROOT …",
-            context={"folder": folder},
-        )
+    job = job_of(name, command, root, asked or Asked())
+    return _hand_over(name, render_script(site, spec, job, template_of(site)), spec, job, root, None)
+
+
+def _hand_over(name: str, script: str, spec: JobSpec, job: Job, root: Root, again: str | None) -> Submitted:
+    folder = scripts_folder(root)
+    path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.sh"
     make_folder(folder)  # Where a log's folder is missing, Slurm ends the job without a word.
-    asked = asked or Asked()
-    job = Job(
-        f"{PREFIX}{name}",
-        tuple(command),
-        Path.cwd(),
-        log,
-        warned=asked.warned,
-        requeue=asked.requeue,
-        after=asked.after,
-    )
-    write_atomically(script, render_script(site, spec, job))
-    job_id = _sbatch(script, spec)
-    return Submitted(job_id, script, Path(str(log).replace("%j", job_id)))
+    write_atomically(path, script)
+    job_id = _sbatch(path, spec)
+    log = str(job.log).replace("%j", job_id).replace("%A", job_id)
+    array = asdict(job.array) if job.array else None
+    record = {"command": again, "log": log, "array": array}
+    write_atomically(_record_path(root, job_id), json.dumps(record) + "\n")
+    return Submitted(job_id, path, Path(log.replace("%a", "*")))
 
 
-def _find_sbatch() -> str:
+def _record_path(root: Root, job_id: str) -> Path:
+    return scripts_folder(root) / f"job-{array_id(job_id)}.json"
+
+
+def array_id(job_id: str) -> str:
+    """The array of the task `job_id` ("123_4"); of any other job its own id."""
+    return job_id.partition("_")[0]
+
+
+def submitted_with(root: Root, job_id: str) -> str | None:
+    """The command that submitted the job, as it was typed; None where it isn't known."""
+    command = _recorded(root, job_id, "command")
+    return str(command) if command else None
+
+
+def log_of_submitted(root: Root, job_id: str) -> Path | None:
+    """Where the log of a job that was submitted under this ROOT is, or will be; None where it wasn't."""
+    log = _recorded(root, job_id, "log")
+    return Path(str(log).replace("%a", job_id.partition("_")[2])) if log else None
+
+
+def array_of(root: Root, job_id: str) -> Array | None:
+    """The array that `job_id` is; None where it is none, or not of this ROOT."""
+    if job_id != array_id(job_id):
+        return None
+    try:
+        return TypeAdapter(Array).validate_python(_recorded(root, job_id, "array"))
+    except ValueError:
+        return None
+
+
+def _recorded(root: Root, job_id: str, key: str) -> object:
+    try:
+        found: object = json.loads(_record_path(root, job_id).read_bytes())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
+
+
+def find_sbatch() -> str:
+    """The path of sbatch; MismatchError where there is none."""
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise MismatchError(
@@ -178,9 +156,14 @@ def _find_sbatch() -> str:
     return sbatch
 
 
+def run_sbatch(*words: str | Path) -> Completed:
+    """Runs sbatch with `words`, and with those variables alone that a job is to start with."""
+    sbatch = find_sbatch()
+    return run((sbatch, *words), env=_job_environment(os.environ, Path(sbatch).parent))
+
+
 def _sbatch(script: Path, spec: JobSpec) -> str:
-    sbatch = _find_sbatch()
-    completed = run((sbatch, "--parsable", script), env=_job_environment(os.environ, Path(sbatch).parent))
+    completed = run_sbatch("--parsable", script)
     # A site's submit plugin may write lines of its own; "ID;CLUSTER" comes from a federation.
     job_ids = re.findall(r"^(\d+)(?:;\S+)?$", completed.output, re.MULTILINE)
     if completed.returncode != 0 or not job_ids:

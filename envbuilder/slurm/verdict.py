@@ -23,6 +23,7 @@ from envbuilder.errors import (
     UsageError,
 )
 from envbuilder.slurm.joblog import LogEnd
+from envbuilder.slurm.work import TRAINING, Work, work_of
 from envbuilder.slurm_queries import JobView
 
 OWN_ERRORS: dict[int, type[EnvbuilderError]] = {
@@ -41,25 +42,27 @@ OWN_ERRORS: dict[int, type[EnvbuilderError]] = {
         StoppedError,
     )
 }
+TOLD_TO_END = 130
+"""The exit code after SIGTERM or SIGINT."""
 _ANYBODYS_CODES = frozenset({EnvbuilderError.exit_code, UsageError.exit_code})
 """A shell and many programs end with these too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Verdict:
     """One way to end. `{…}`: id, limit, node, by, again (the command that goes on),
-    requeued (the same with --requeue), log and state."""
+    requeued (the same with --requeue), kept (what is not lost), log and state."""
 
     message: str
     remedy: str
 
 
-_GO_ON = "What was built is kept; go on with: {again}"
+_GO_ON = "{kept}; go on with: {again}"
 
 VERDICTS = {
     "TIMEOUT": Verdict(
         "The job {id} reached its time limit ({limit}) and was ended by Slurm.",
-        "What was built is kept; go on, over as many lives as it takes, with: {requeued}",
+        "{kept}; go on, over as many lives as it takes, with: {requeued}",
     ),
     "OUT_OF_MEMORY": Verdict(
         "The job {id} used more memory than it had asked for, and was ended by the kernel.",
@@ -70,7 +73,7 @@ VERDICTS = {
     "LAUNCH_FAILED": Verdict("Slurm could not start the job {id} on {node}.", _GO_ON),
     "PREEMPTED": Verdict(
         "The job {id} had to give way to one of higher priority.",
-        "What was built is kept; go on, and start again by itself next time, with: {requeued}",
+        "{kept}; go on, and start again by itself next time, with: {requeued}",
     ),
     "DEADLINE": Verdict("The job {id} could not end before its deadline, and was removed.", _GO_ON),
     "CANCELLED": Verdict("The job {id} was cancelled by {by}.", _GO_ON),
@@ -93,7 +96,7 @@ _BY_CODE = {
         "The job {id} did not find its command on {node}.",
         "Put envbuilder's interpreter on a disk that compute nodes see. " + _GO_ON,
     ),
-    130: Verdict("The job {id} was told to end (SIGTERM or SIGINT), and did.", _GO_ON),
+    TOLD_TO_END: Verdict("The job {id} was told to end (SIGTERM or SIGINT), and did.", _GO_ON),
 }
 _BY_SIGNAL = {
     signal.SIGKILL: Verdict(
@@ -117,12 +120,13 @@ def verdict(job: JobView, log: Path, end: LogEnd, *, again: str, did_all: bool) 
     """
     if job.state == "COMPLETED" or (job.state == "OUT_OF_MEMORY" and did_all):
         return None
+    work = work_of(log.name)
     context = {"job": job.id, "state": _state_in_words(job), "log": log}
     if end.last:
         context["the log's end"] = "\n" + end.last
     else:
         context["the log"] = "nothing was written"
-    if job.state == "FAILED" and (own := _own_error(job, end, context, again)):
+    if job.state == "FAILED" and (own := _own_error(job, end, context, again, work)):
         return own
     chosen = _chosen(job)
     fields = {
@@ -131,7 +135,8 @@ def verdict(job: JobView, log: Path, end: LogEnd, *, again: str, did_all: bool) 
         "node": job.node or "its node",
         "by": job.cancelled_by or "somebody",
         "again": again,
-        "requeued": again if "--requeue" in again.split() else f"{again} --requeue",
+        "requeued": again if "--requeue" in again.split() else f"{again}{work.goes_on}",
+        "kept": work.kept,
         "log": log,
         "state": _state_in_words(job),
     }
@@ -151,7 +156,9 @@ def _chosen(job: JobView) -> Verdict:
     return _FAILED
 
 
-def _own_error(job: JobView, end: LogEnd, context: dict[str, object], again: str) -> EnvbuilderError | None:
+def _own_error(
+    job: JobView, end: LogEnd, context: dict[str, object], again: str, work: Work
+) -> EnvbuilderError | None:
     kind = OWN_ERRORS.get(job.exit_code)
     if kind is None or job.signal or (end.message is None and job.exit_code in _ANYBODYS_CODES):
         return None
@@ -159,7 +166,8 @@ def _own_error(job: JobView, end: LogEnd, context: dict[str, object], again: str
         context["details"] = "\n" + end.details
         del context["the log's end"]  # which is the same
     if kind is StoppedError:
-        message = f"The job {job.id} stopped in good order before its time ended; what it built is kept."
+        said = f" {end.message}" if work is TRAINING and end.message else ""
+        message = f"The job {job.id} stopped in good order. {work.kept}.{said}"
         return kind(message, remedy=f"Go on with: {again}", context=context)
     message = end.message or f"The job {job.id} ended with envbuilder's exit code {job.exit_code}."
     return kind(message, remedy=end.remedy or f"Read its log: {context['log']}", context=context)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Waiting:
     """One reason. `{…}` in the remedy: id, partition and qos of the job."""
 
@@ -30,6 +30,7 @@ REASONS = (
     Waiting(r"Resources", "it is next, and waits for free nodes"),
     Waiting(r"Priority", "jobs of higher priority are before it"),
     Waiting(r"BeginTime", "its time has not come yet; a job that Slurm runs again waits a moment"),
+    Waiting(r"JobArrayTaskLimit", "as many of its array's jobs run as may at once (--at-once)"),
     Waiting(r"Cleaning", "its last life is being cleared away"),
     Waiting(r"Dependency", "the job that it is to follow has not ended"),
     Waiting(

@@ -10,7 +10,7 @@ _FACTOR, _ADDED_S = 1.5, 180
 _WARN_S, _LEAST_WARN_S = 120, 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Walltime:
     """What a job asks for, and whether its work fits."""
 

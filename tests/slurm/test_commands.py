@@ -14,6 +14,10 @@ from envbuilder.cli import main
 from envbuilder.cli.submitting import typed_again
 from envbuilder.model import EnvReceipt
 from envbuilder.paths import Root
+from envbuilder.recipe import Recipe
+from envbuilder.session import Session
+from tests.lab.bundles import make_bundle
+from tests.lab.packages import make_wheel
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,11 +39,82 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return envbuilder
 
 
-@pytest.mark.parametrize("option", [["--requeue"], ["--after", "5"], ["--wait-for-qos"]])
+@pytest.mark.parametrize(
+    "option", [["--requeue"], ["--after", "5"], ["--wait-for-qos"], ["--print-script"], ["--dry-run"]]
+)
 def test_options_of_a_job_go_with_sbatch(run: Run, option: list[str]) -> None:
     code, _, error = run("compile", "r.toml", *option)
     assert code == 2
     assert "they go with --sbatch" in error
+
+
+def test_a_script_is_printed_without_slurm_and_without_an_env(run: Run, tmp_path: Path) -> None:
+    section = 'walltime = "00:30:00"\ncpus = 4\n'
+    (tmp_path / "mine.toml").write_text(f'name = "mine"\n[build]\n{section}[train]\n{section}')
+    words = ("train", "c.yaml", "--recipe", "one", "--sbatch", "--site", "mine.toml", "--print-script")
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out.startswith(
+        "#!/bin/bash\n#SBATCH --job-name=envbuilder-train-c\n#SBATCH --propagate=NONE\n"
+        "#SBATCH --time=00:30:00\n"
+    )
+    assert out.endswith(f"train {tmp_path}/c.yaml --run c --recipe one\n")
+    assert json.loads(run("--json", *words)[1]) == {"script": out}
+    assert not (tmp_path / ".envbuilder").exists()
+
+
+SITE = """
+name = "mine"
+allow-chain = {chain}
+[build]
+walltime = "00:30:00"
+cpus = 4
+[train]
+walltime = "00:30:00"
+cpus = 4
+"""
+
+
+@pytest.fixture(params=["compile", "train"])
+def printed(
+    request: pytest.FixtureRequest, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """`envbuilder compile` or `train` with some options, for the script of a job at a site with `chain`."""
+    recipe = Recipe.model_validate({"name": "one", "requirements": ["x"], "trainer": False})
+    (tmp_path / "one.toml").write_text('name = "one"\nrequirements = ["x"]\ntrainer = false\n')
+    (tmp_path / "files").mkdir()
+    wheel = make_wheel(tmp_path / "files", "x", "1")
+    make_bundle(Root(tmp_path / ".envbuilder"), recipe, {wheel: ["runtime"]}, python="3.11")
+    # The bundle's lock was not made from the recipe, but by hand.
+    monkeypatch.setattr(Session, "_check_current", lambda *_: None)
+    words = {"compile": ["compile", "one.toml"], "train": ["train", "c.yaml", "--recipe", "one"]}
+
+    def asked(*options: str, chain: bool) -> tuple[int, str, str]:
+        (tmp_path / "mine.toml").write_text(SITE.format(chain=str(chain).lower()))
+        return run(*words[request.param], "--sbatch", "--site", "mine.toml", "--print-script", *options)
+
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("chain", "options", "requeued"),
+    [(True, [], True), (True, ["--no-requeue"], False), (True, ["--requeue"], True), (False, [], False)],
+)
+def test_the_site_says_whether_a_job_runs_itself_again_unless_the_command_does(
+    printed: Callable[..., tuple[int, str, str]], chain: bool, options: list[str], requeued: bool
+) -> None:
+    code, script, error = printed(*options, chain=chain)
+    assert code == 0, error
+    assert ("#SBATCH --requeue\n" in script) == script.endswith(" --requeue-job\n") == requeued
+
+
+def test_a_job_that_the_site_does_not_allow_to_run_itself_again_is_refused(
+    printed: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, script, error = printed("--requeue", chain=False)
+    assert (code, script) == (2, "")
+    assert "The site mine does not say that a job may put itself back into the queue." in error
+    assert "Set allow-chain = true in the site file" in error
 
 
 def test_the_option_that_a_job_gets_is_hidden(run: Run) -> None:

@@ -12,7 +12,8 @@ from envbuilder.errors import SlurmError, UsageError
 from envbuilder.paths import Root
 from envbuilder.progress_file import ProgressFile, progress_path
 from envbuilder.report import Quiet
-from envbuilder.slurm.requeue import MOST_LIVES, lives_path, requeue_this_job
+from envbuilder.slurm.requeue import lives_path, requeue_this_job
+from envbuilder.slurm.work import COMPILING
 
 
 class Job:
@@ -62,7 +63,7 @@ def test_each_life_that_made_something_ready_is_followed_by_another(job: Job) ->
 @pytest.mark.parametrize("done", [7, 6, 0])
 def test_a_life_that_made_nothing_ready_is_the_last(job: Job, done: int) -> None:
     job.life(1, 7)
-    with pytest.raises(SlurmError, match="this life, number 2, made no unit ready") as caught:
+    with pytest.raises(SlurmError, match="this life, number 2, brought none of its units") as caught:
         job.life(2, done)
     assert "longer walltime" in caught.value.remedy
     assert job.asked == ["requeue 5"]
@@ -70,14 +71,14 @@ def test_a_life_that_made_nothing_ready_is_the_last(job: Job, done: int) -> None
 
 def test_lives_that_write_no_progress_make_none(job: Job) -> None:
     job.life(1, None)
-    with pytest.raises(SlurmError, match="made no unit ready"):
+    with pytest.raises(SlurmError, match="brought none of its units"):
         job.life(2, None)
 
 
 def test_the_number_of_lives_is_bounded(job: Job) -> None:
-    job.life(MOST_LIVES - 1, 20)
-    with pytest.raises(SlurmError, match=f"has run {MOST_LIVES} times"):
-        job.life(MOST_LIVES, 21)
+    job.life(COMPILING.most_lives - 1, 20)
+    with pytest.raises(SlurmError, match=f"has run {COMPILING.most_lives} times"):
+        job.life(COMPILING.most_lives, 21)
     assert len(job.asked) == 1
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from envbuilder.site import Site
+from envbuilder.site import Site, load_site
+from envbuilder.slurm.joblog import parse_log_end
 from envbuilder.slurm.script import Job, render_script
+from envbuilder.train.allocation import find_allocation, name_of_node
 
+SITES = sorted((Path(__file__).parents[2] / "recipes/sites").glob("*.toml"))
 SECTION = {"partition": "gpu", "walltime": "00:30:00", "cpus": 8, "memory": "64G"}
 SHOW = "import json, os, sys; print(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]))"
 
@@ -53,6 +56,7 @@ def test_the_section_becomes_sbatch_options() -> None:
     assert script.startswith("#!/bin/bash\n#SBATCH ")
     assert [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")] == [
         "--job-name=envbuilder-x",
+        "--propagate=NONE",
         "--partition=gpu",
         "--account=proj",
         "--qos=debug",
@@ -64,6 +68,31 @@ def test_the_section_becomes_sbatch_options() -> None:
         '--output="/logs/x-%j.log"',
         "--open-mode=append",
     ]
+
+
+def test_what_else_a_cluster_wants_stands_among_them() -> None:
+    more = {"constraint": "gpu&hbm80g", "reservation": "course", "exclusive": True}
+    script = render(site({**more, "extra-sbatch": ["--hint=nomultithread", "--mail-type=END"]}))
+    options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert [option for option in options if option.split("=")[0] in ("--constraint", "--reservation")] == [
+        "--constraint=gpu&hbm80g",
+        "--reservation=course",
+    ]
+    last = options.index("--exclusive")
+    assert options[last : last + 3] == ["--exclusive", "--hint=nomultithread", "--mail-type=END"]
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("section", ["build", "train"])
+def test_each_site_that_is_shipped_makes_a_script(path: Path, section: str) -> None:
+    of = load_site(str(path))
+    script = render_script(of, getattr(of, section), Job("x", ("true",), Path("/"), Path("/logs/x-%j.log")))
+    assert f"#SBATCH --time={getattr(of, section).walltime}\n" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    # sbatch reads options up to the first line that is something else.
+    head, _, rest = script.partition("\n\n")
+    assert all(line.startswith("#SBATCH --") for line in head.splitlines()[1:])
+    assert "#SBATCH" not in rest
 
 
 @pytest.mark.parametrize(
@@ -106,6 +135,27 @@ def test_the_site_s_variables_are_taken_literally() -> None:
     }
 
 
+def test_the_network_of_several_nodes_is_named_and_env_has_the_last_word() -> None:
+    of = site(env={"NCCL_SOCKET_IFNAME": "ib1"}, **{"socket-ifname": "ib0"})
+    variables = shown(of)[2]
+    assert (variables["GLOO_SOCKET_IFNAME"], variables["NCCL_SOCKET_IFNAME"]) == ("ib0", "ib1")
+    assert "GLOO_SOCKET_IFNAME" not in shown(site())[2]
+
+
+def test_several_nodes_meet_by_their_names_with_the_suffix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "node[1-2]"}
+    variables = shown(site(**{"node-suffix": "-ib"}))[2]
+    assert find_allocation({**job, **variables}).first == "node1-ib"
+    assert name_of_node("node2", variables) == "node2-ib"
+    assert find_allocation(job).first == "node1"
+
+
 def test_setup_lines_run_first() -> None:
     assert shown(site(setup=["export A=$(echo from setup)"]))[2]["A"] == "from setup"
 
@@ -132,7 +182,10 @@ def test_modules_are_loaded_in_order() -> None:
 def test_a_module_that_does_not_load_ends_the_job_with_its_name() -> None:
     completed = run(render(site(setup=["module() { return 1; }"], modules=["gcc/12.2.0"]), ("echo", "ran")))
     assert completed.returncode == 7
-    assert "module gcc/12.2.0 does not load" in completed.stderr
+    # As envbuilder's own errors, so that they are told to whoever follows the job.
+    end = parse_log_end(completed.stderr)
+    assert end.message == "The module gcc/12.2.0 does not load."
+    assert "module spider gcc/12.2.0" in (end.remedy or "")
     assert "ran" not in completed.stdout
 
 
@@ -141,7 +194,7 @@ def test_a_node_without_modules_is_told_with_the_remedy() -> None:
     hidden = "[() { return 1; }"
     completed = run(render(site(setup=[hidden], modules=["gcc"]), ("echo", "ran")))
     assert completed.returncode == 7
-    assert "add the line that makes it to setup in the site file of mine" in completed.stderr
+    assert "Add the line that makes it to setup in the site file of mine" in completed.stderr
 
 
 def test_the_program_s_exit_code_is_the_job_s() -> None:

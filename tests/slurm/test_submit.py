@@ -12,8 +12,10 @@ from envbuilder.errors import MismatchError, SlurmError, UsageError
 from envbuilder.paths import Root
 from envbuilder.report import Quiet
 from envbuilder.site import Site, load_site
+from envbuilder.slurm.pace import Pace
+from envbuilder.slurm.plan import Wishes, plan_compile
 from envbuilder.slurm.preflight import wait_for_qos
-from envbuilder.slurm.submit import Submitted, Wishes, submit, submit_compile, submit_probe
+from envbuilder.slurm.submit import Submitted, submit, submit_planned, submit_probe
 
 AGAIN = "envbuilder compile r.toml --sbatch --site mine"
 FAILED = "sbatch: error: Batch job submission failed: "
@@ -81,21 +83,17 @@ class Heard(Quiet):
     def stage(self, text: str) -> None:
         self.said.append(text)
 
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
     def warn(self, text: str) -> None:
         self.said.append(text)
 
 
 def compile_job(folder: Path, wishes: Wishes, heard: Heard | None = None) -> Submitted:
-    return submit_compile(
-        folder / "r.toml",
-        "tiny",
-        str(folder / "mine.toml"),
-        Root(folder / "root"),
-        ["--rebuild"],
-        reporter=heard or Heard(),
-        again=AGAIN,
-        wishes=wishes,
-    )
+    root, site = Root(folder / "root"), load_site(str(folder / "mine.toml"))
+    plan = plan_compile(folder / "r.toml", "tiny", site, root, ["--rebuild"], wishes)
+    return submit_planned(plan, root, heard or Heard(), AGAIN)
 
 
 def submitted(site: Site, root: Path) -> Submitted:
@@ -255,6 +253,16 @@ def test_a_rejection_becomes_a_sentence_and_a_remedy(
     assert "{" not in caught.value.message + caught.value.remedy
 
 
+def test_where_the_site_names_no_partition_the_remedy_is_about_all_of_them(
+    sbatch: Sbatch, site: Site, tmp_path: Path
+) -> None:
+    sbatch.says("sbatch: error: Memory specification can not be satisfied", 1)
+    spec = site.build.model_copy(update={"partition": None})
+    with pytest.raises(SlurmError) as caught:
+        submit(site, spec, "x", ("true",), root=Root(tmp_path / "root"))
+    assert "listed by: sinfo --format='%n %m'" in caught.value.remedy
+
+
 def test_a_machine_without_slurm_is_told(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MismatchError, match="no sbatch on this machine") as caught:
@@ -340,7 +348,7 @@ def test_a_qos_is_waited_for(sbatch: Sbatch, site: Site, tmp_path: Path) -> None
         "squeue", f"[ -e {seen} ] || echo '4711|PENDING|None|N/A|0:00|30:00|gpu|debug|mine'; touch {seen}"
     )
     heard = Heard()
-    wait_for_qos(site.build, heard, look_s=0.01)
+    wait_for_qos(site.build, Root(tmp_path / "root"), heard, pace=Pace(ask_s=0.01))
     assert heard.said == ["waiting for the QoS debug; in it: 4711 mine (pending, at most 30:00 left)"]
 
 
@@ -372,3 +380,17 @@ def test_probe_is_submitted_as_itself_and_its_output_is_where_it_was_asked_for(
     assert job.script.read_text().endswith(words)
     assert "#SBATCH --job-name=envbuilder-probe\n" in job.script.read_text()
     assert "#SBATCH --gres=gpu:4\n" in job.script.read_text()
+
+
+def test_the_script_of_a_build_that_is_printed_is_the_one_that_is_submitted(
+    site: Site, sbatch: Sbatch, tmp_path: Path
+) -> None:
+    sbatch.says("7")
+    root, recipe, flags = Root(tmp_path / "root"), tmp_path / "r.toml", ["--prove"]
+    wishes = Wishes(requeue=True, estimate_s=600.0)
+    plan = plan_compile(recipe, "r", site, root, flags, wishes)
+    printed = plan.script
+    assert not root.path.exists()
+    job = submit_planned(plan, root, Quiet(), AGAIN)
+    assert printed == job.script.read_text()
+    assert "#SBATCH --time=02:00:00\n" not in printed  # The estimate asks for less.

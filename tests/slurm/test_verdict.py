@@ -142,3 +142,23 @@ def test_a_shell_s_exit_code_with_the_tool_s_error_is_the_tool_s() -> None:
     error = ended("FAILED", code=2, text="error: --a and --b exclude one another.\nremedy: leave one out\n")
     assert error is not None
     assert (error.exit_code, error.remedy) == (2, "leave one out")
+
+
+@pytest.mark.parametrize(
+    ("job", "remedy"),
+    [
+        (
+            JobView("5", "TIMEOUT"),
+            f"The run's checkpoints are kept; go on, over as many lives as it takes, with: {AGAIN}",
+        ),
+        (JobView("5", "CANCELLED"), f"The run's checkpoints are kept; go on with: {AGAIN}"),
+        (JobView("5", "FAILED", 75), f"Go on with: {AGAIN}"),
+    ],
+)
+def test_a_training_job_keeps_its_checkpoints(job: JobView, remedy: str) -> None:
+    end = parse_log_end("error: Stopped after step 7.\n  step: 7\nremedy: again\n")
+    error = verdict(job, Path("/logs/train-x-5.log"), end, again=AGAIN, did_all=False)
+    assert error is not None
+    assert error.remedy == remedy
+    if job.exit_code == 75:
+        assert error.message.endswith("The run's checkpoints are kept. Stopped after step 7.")
