@@ -7,8 +7,9 @@ the log of a build or a job that failed.
 
 from __future__ import annotations
 
+from envbuilder.doctor.former_runs import expected_seconds
 from envbuilder.doctor.log_explained import explain_log
 from envbuilder.doctor.runner import CHECKS, choose_checks, run_checks
 from envbuilder.doctor.subject import Subject
 
-__all__ = ["CHECKS", "Subject", "choose_checks", "explain_log", "run_checks"]
+__all__ = ["CHECKS", "Subject", "choose_checks", "expected_seconds", "explain_log", "run_checks"]

@@ -10,15 +10,15 @@ from envbuilder.doctor.subject import Subject
 from envbuilder.model import Finding
 from envbuilder.report import Reporter
 
-Need = Literal["recipe", "env", "bundle", "gpu", "gpus", "site", "config", "slurm"]
+Need = Literal["recipe", "env", "bundle", "gpu", "gpus", "site", "config", "slurm", "addresses"]
 """What a check can't do without: a recipe, an env that is installed, a bundle that is fetched, a GPU, several
-GPUs, a site, a training config, Slurm's commands."""
+GPUs, a site, a training config, Slurm's commands, addresses enough to map torch's libraries."""
 Cost = Literal["quick", "rehash", "gpu", "asked"]
 """`quick`: seconds at most. `rehash`: reads all bytes. `gpu`: works on the GPU, or loads torch into processes
 of its own; one at a time, so that none disturbs another. `asked`: run only where it is asked for by name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
     """What one check found; `ok`, `warning`, `failed` and `skipped` make one."""
 
@@ -59,7 +59,7 @@ def skipped(reason: str) -> Outcome:
     return Outcome("skipped", reason)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Check:
     """One thing that doctor looks at."""
 

@@ -24,7 +24,7 @@ _IN_WHEEL = re.compile(r"nvidia/cu\d+/((?:bin|include|nvvm)/.+|lib/libcudart[^/]
 _SYSTEM_INCLUDES = (Path("/usr/local/include"), Path("/usr/include"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ToolkitFiles:
     """A toolkit, as far as it can be looked at before anything is unpacked."""
 

@@ -22,7 +22,7 @@ MEMORY_KINDS = frozenset(("tmpfs", "ramfs"))
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mount:
     """One line of mountinfo."""
 
@@ -48,7 +48,7 @@ class Mount:
 UNKNOWN = Mount("?", "unknown", "?", frozenset())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """A folder that is written to."""
 

@@ -52,7 +52,7 @@ class Workbench:
         self.evidence.append(f"{what}: {time.monotonic() - began:.1f} s")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Parts:
     compiler: HostCompiler
     python: Path

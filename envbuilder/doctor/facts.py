@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from envbuilder import __version__
@@ -20,7 +23,7 @@ _LIMIT_S = 5.0
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuFacts:
     """One GPU."""
 
@@ -29,7 +32,7 @@ class GpuFacts:
     driver: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MachineFacts:
     """The machine, as this process may use it."""
 
@@ -53,7 +56,7 @@ class MachineFacts:
     """The job's id; None outside a job."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EnvFacts:
     """What the env's receipt says."""
 
@@ -68,7 +71,7 @@ class EnvFacts:
     """ISO 8601, UTC."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SubjectFacts:
     """What was looked at."""
 
@@ -80,7 +83,7 @@ class SubjectFacts:
     """None where there is none, or its receipt can't be read."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """All of it."""
 
@@ -132,10 +135,11 @@ def _soon(find: Callable[[], Value]) -> Value | None:
 
 
 def _operating_system() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except OSError:
-        return platform.system()
+    with suppress(OSError, ValueError):
+        # Its lines are a shell's assignments.
+        settings = shlex.split(Path("/etc/os-release").read_text(encoding="utf-8"), comments=True)
+        return dict(setting.split("=", 1) for setting in settings).get("PRETTY_NAME", platform.system())
+    return platform.system()
 
 
 def _gpus(subject: Subject) -> tuple[GpuFacts, ...]:

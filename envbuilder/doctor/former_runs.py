@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from envbuilder.doctor.subject import Subject
 from envbuilder.paths import Root
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Speed:
     """One former run's."""
 
@@ -20,6 +22,29 @@ class Speed:
     """Median over its steps without the first, of all processes together."""
     start_s: float
     """From the start to the end of the first step, in which kernels are compiled."""
+
+
+def expected_seconds(subject: Subject) -> float | None:
+    """What the whole training takes, its start too, by a former run's speed; None where none tells."""
+    parts = subject.inspected.parts
+    former = former_training(subject, parts) if {"steps", "config"} <= parts.keys() else None
+    return None if former is None else former[0].start_s + former[1]
+
+
+def former_training(subject: Subject, parts: Mapping[str, Any]) -> tuple[Speed, float] | None:
+    """How fast such a model trained before, and the seconds that all steps take at that speed."""
+    if "memory" not in parts:
+        return None
+    steps = parts["steps"]
+    speed = former_speed(
+        subject.root,
+        parameters=parts["memory"]["parameters"],
+        processes=subject.processes,
+        on_cpu=parts["config"]["device"] == "cpu",
+    )
+    if speed is None:
+        return None
+    return speed, steps["steps"] * steps["tokens_per_step"] / speed.tokens_per_second
 
 
 def former_speed(root: Root, *, parameters: int, processes: int, on_cpu: bool) -> Speed | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ _SET = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inspection:
     """What `trainer.inspection` printed, or why it printed nothing."""
 
@@ -45,9 +44,14 @@ class Inspection:
         )
 
 
-def inspect_config(python: Path, config: Path, *options: str, renew: str) -> Inspection:
-    """Runs `trainer.inspection` by `python`; `renew` is the command that renews the env's trainer."""
-    kept = {name: value for name, value in os.environ.items() if not _DROPPED.fullmatch(name)}
+def inspect_config(
+    python: Path, config: Path, *options: str, renew: str, environ: Mapping[str, str]
+) -> Inspection:
+    """Runs `trainer.inspection` by `python`; `renew` is the command that renews the env's trainer.
+
+    `environ` are the variables that a training would start from.
+    """
+    kept = {name: value for name, value in environ.items() if not _DROPPED.fullmatch(name)}
     ended = run(
         [python, "-m", "trainer.inspection", config.absolute(), *options],
         env={**kept, **_SET},

@@ -23,7 +23,7 @@ _LABELS_AT_MOST = 3
 _LABELLED_SHARE = 0.8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Line:
     """One line, without the label of who wrote it."""
 
@@ -33,7 +33,7 @@ class Line:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
     """Some of the log's lines, cleaned of terminal escapes and NULs."""
 

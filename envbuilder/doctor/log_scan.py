@@ -18,7 +18,7 @@ _TAIL_CHARS = 4 * 1024
 """Of a block in which nothing is looked for: what may stand before something in the next."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hit:
     """A known failure at its first line on one rank, with the lines around it of the same rank."""
 

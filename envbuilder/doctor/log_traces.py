@@ -30,7 +30,7 @@ _TRACE_LINES_AT_MOST = 2000
 _TELLING_AT_MOST = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PythonError:
     """A traceback's exception."""
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pip
+
 from envbuilder.doctor.check import Outcome, ok, warning
 from envbuilder.doctor.subject import Subject
 from envbuilder.process import run
@@ -26,8 +28,9 @@ SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
 def check_pip(subject: Subject, reporter: Reporter) -> Outcome:
     """pip's and uv's settings that would put packages elsewhere; envbuilder's own calls heed none of them."""
+    own_pip = Path(pip.__file__).parent  # run as a folder it needs no installation, as in the one file
     asked = run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"], timeout_s=_TIMEOUT_S
+        [sys.executable, own_pip, "--disable-pip-version-check", "config", "list"], timeout_s=_TIMEOUT_S
     )
     settings = dict(re.findall(r"^(\S+?\.[a-z-]+)='(.*)'$", asked.output, re.MULTILINE))
     redirecting = _pip_lines(settings, _REDIRECTING)

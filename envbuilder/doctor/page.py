@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _WORD = re.compile(r"[a-z0-9_]+")
 _LABELS = {"failed": "failed", "warning": "warnings", "ok": "ok", "skipped": "skipped"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Report:
     """What the page shows."""
 
@@ -51,7 +51,7 @@ def write_report(path: Path, findings: tuple[Finding, ...], facts: Facts, subjec
     report = Report(
         title=_title(findings),
         envbuilder=facts.envbuilder,
-        made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        made_at=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         command=shlex.join(["envbuilder", *sys.argv[1:]]),
         facts=fact_rows(facts),
         findings=findings,

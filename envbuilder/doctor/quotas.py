@@ -20,7 +20,7 @@ _BY_SERVER = frozenset(("nfs", "nfs4", "ext2", "ext3", "ext4", "xfs", "f2fs", "j
 """File systems whose quotas quota(1) knows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Usage:
     """Of bytes or of files; a limit that is None is not set."""
 
@@ -40,7 +40,7 @@ class Usage:
         return self.soft is not None and self.used > self.soft
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Quota:
     """What one user or group has and may have on one disk."""
 
@@ -50,7 +50,7 @@ class Quota:
     files: Usage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """One that tells quotas."""
 
@@ -63,13 +63,12 @@ class Program:
 
 def program_for(mount: Mount) -> Program | None:
     """The program that knows the quotas of such a file system; None where none is known."""
-    match mount.kind:
-        case "lustre":
-            return Program("lfs", _lfs_commands, parse_table)
-        case "gpfs":
-            return Program("mmlsquota", _mmlsquota_commands, parse_mmlsquota)
-        case "beegfs":
-            return Program("beegfs-ctl", _beegfs_commands, parse_beegfs)
+    if mount.kind == "lustre":
+        return Program("lfs", _lfs_commands, parse_table)
+    if mount.kind == "gpfs":
+        return Program("mmlsquota", _mmlsquota_commands, parse_mmlsquota)
+    if mount.kind == "beegfs":
+        return Program("beegfs-ctl", _beegfs_commands, parse_beegfs)
     return Program("quota", _quota_commands, parse_table) if mount.kind in _BY_SERVER else None
 
 
@@ -79,7 +78,7 @@ def read_quotas(program: Program, place: Place) -> tuple[Quota, ...] | None:
     MismatchError where it is not on this machine.
     """
     found: list[Quota] = []
-    for owner, command in zip(("user", "group"), program.commands(place), strict=False):
+    for owner, command in zip(("user", "group"), program.commands(place)):
         ended = run(command, timeout_s=TIMEOUT_S)
         if ended.timed_out:
             return None
@@ -110,7 +109,7 @@ def parse_mmlsquota(text: str) -> Iterator[tuple[Usage, Usage]]:
         if words[2] == "HEADER":
             names = words
             continue
-        row = dict(zip(names, words, strict=False))
+        row = dict(zip(names, words))
         space, files = (
             [int(row.get(f"{kind}{what}") or 0) for what in ("Usage", "Quota", "Limit")]
             for kind in ("block", "files")

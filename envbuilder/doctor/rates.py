@@ -3,8 +3,9 @@
 A standalone script: standard library and torch alone, run by the environment's own interpreter as
 `python rates.py`. It prints one line of JSON:
 `{"gpus": [{"index", "name", "dtype", "tflops", "copy_gbs", "host_gbs", "wrong"}], "peers": [{"source",
-"target", "access", "gbs", "wrong"}]}`. TFLOP/s count 2·n³ for a product of two n·n matrices; copies in GB/s,
-those within a GPU counted twice, for it reads and writes. `--device cpu` with small sizes is for tests.
+"target", "access", "gbs", "wrong"}], "problem"}`, with the problem null, or why CUDA has no GPU to measure.
+TFLOP/s count 2·n³ for a product of two n·n matrices; copies in GB/s, those within a GPU counted twice, for it
+reads and writes. `--device cpu` with small sizes is for tests.
 """
 
 from __future__ import annotations
@@ -120,7 +121,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
     options = parser.parse_args()
     if options.device == "cuda":
-        torch.cuda.init()
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch that is built without CUDA
+            sys.stdout.write(json.dumps({"gpus": [], "peers": [], "problem": str(error)}) + "\n")
+            return
         devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     else:
         devices = [torch.device("cpu", 0)]
@@ -131,7 +136,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     peers = measure_peers(devices, options.copy_bytes // 4)
-    sys.stdout.write(json.dumps({"gpus": gpus, "peers": peers}) + "\n")
+    sys.stdout.write(json.dumps({"gpus": gpus, "peers": peers, "problem": None}) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,18 +58,19 @@ _BEFORE_VERSION = re.compile(
     r"(?i)(?:[=<>~!]=\s*|\bversions?\s*[:=]?\s*"
     r"|\b(?:nvidia|cu(?:da|dnn|blas|fft|file|rand|solver|sparse)|libcu|libnv|nccl|nvcc)[\w.-]*[\s:=(]+)$"
 )
-# /home/NAME, /home/users/NAME and /home/n/NAME; nothing that is replaced already.
+# /home/NAME, /home/users/NAME and /home/n/NAME; nothing that is replaced already. (?=(?P<x>…))(?P=x) matches
+# once, and is not tried again with less: what Python 3.11 writes as (?>…).
 _BELOW_HOMES = re.compile(
-    r"(?P<folder>/(?i:homes?|users?|u|userexternal|scratch)/(?>(?:(?i:users?|userexternal)/)*)"
+    r"(?P<folder>/(?i:homes?|users?|u|userexternal|scratch)/(?=(?P<more>(?:(?i:users?|userexternal)/)*))(?P=more)"
     r"(?:(?P<initial>[A-Za-z])/(?=(?P=initial)))?)"
-    r"(?P<name>(?>\w(?:[\w.@+-]*\w)?))(?!/<)"
+    r"(?=(?P<name>\w(?:[\w.@+-]*\w)?))(?P=name)(?!/<)"
 )
 _SAID_USER = r"""(?i:\b(?:user(?:[ _]?name)?|logname|owner)\s*[=:]\s*["']?|\buid=\d+\(|\bowned by |~)"""
 _SAID_HOST = r"""(?i:@|://|\b(?:host(?:[ _]?name)?|node(?:[ _]?name|[ _]?list)?)\s*[=:]\s*["']?)"""
 _SAID_ACCOUNT = r"""(?i:\baccount\s*[=:]\s*["']?|\s-A\s*)"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Private:
     """What a text must not tell."""
 

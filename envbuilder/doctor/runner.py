@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
@@ -21,12 +21,16 @@ from envbuilder.doctor.checks import (
     libraries,
     limits,
     model,
+    modules,
+    network,
     platform,
+    purging,
     rates,
     slurm,
     storage,
     toolchain,
     variables,
+    versions,
 )
 from envbuilder.doctor.subject import Subject
 from envbuilder.errors import EnvbuilderError, UsageError
@@ -38,17 +42,21 @@ CHECKS: tuple[Check, ...] = (
     *limits.CHECKS,
     *storage.CHECKS,
     *filesystem.CHECKS,
+    *purging.CHECKS,
     *toolchain.CHECKS,
     *variables.CHECKS,
     *bundle.CHECKS,
     *env.CHECKS,
+    *modules.CHECKS,
     *libraries.CHECKS,
     *binaries.CHECKS,
     *gpu.CHECKS,
     *kernels.CHECKS,
     *rates.CHECKS,
     *distributed.CHECKS,
+    *network.CHECKS,
     *slurm.CHECKS,
+    *versions.CHECKS,
     *model.CHECKS,
     *data.CHECKS,
 )
@@ -95,7 +103,7 @@ def run_checks(
     lanes: dict[str, SimpleQueue[Check]] = {}
     # What may take longest first, so that the rest is done beside it.
     for check in sorted(chosen, key=lambda check: -check.limit_s):
-        lanes.setdefault("quick" if check.cost == "asked" else check.cost, SimpleQueue()).put(check)
+        lanes.setdefault(_lane(check), SimpleQueue()).put(check)
     for cost, lane in lanes.items():
         for _ in range(_SIDE_BY_SIDE if cost == "quick" else 1):
             # Daemons: what never answers must not keep the command from ending.
@@ -107,6 +115,13 @@ def run_checks(
         findings[finding.check] = finding
         reporter.progress("checks", count, len(chosen), "checks")
     return tuple(findings[check.id] for check in chosen)
+
+
+def _lane(check: Check) -> str:
+    """What `check` is run among: what costs the same, as to who disturbs whom."""
+    if check.cost != "asked":
+        return check.cost
+    return "gpu" if "gpu" in check.needs else "quick"
 
 
 def _work_through(
@@ -161,24 +176,29 @@ def _unmet(check: Check, subject: Subject) -> Outcome | None:
 
 def _reason_without(need: str, subject: Subject) -> str | None:
     """Why the checks that need this are skipped; None where it is there."""
-    match need:
-        case "recipe":
-            return None if subject.recipe else "No recipe was given."
-        case "env":
-            there = subject.env is not None
-            return None if there else f"Nothing is installed yet: envbuilder install {subject.recipe_file}"
-        case "bundle":
-            there = subject.has_bundle
-            return None if there else f"Nothing is fetched yet: envbuilder fetch {subject.recipe_file}"
-        case "gpu":
-            return None if subject.gpus.devices else subject.gpus.absence
-        case "gpus":
-            count = len(subject.gpus.devices)
-            return None if count > 1 else "There is one GPU here." if count else subject.gpus.absence
-        case "site":
-            return None if subject.site else "No site was given (--site NAME)."
-        case "config":
-            return None if subject.config else "No training config was given (--config FILE)."
-        case "slurm":
-            return None if subject.has_slurm else "Slurm's commands are not on this machine."
-    raise AssertionError(need)
+    there, otherwise = _ANSWERS[need](subject)
+    return None if there else otherwise
+
+
+_ANSWERS: dict[str, Callable[[Subject], tuple[bool, str]]] = {
+    "recipe": lambda subject: (subject.recipe is not None, "No recipe was given."),
+    "env": lambda subject: (subject.env is not None, subject.env_absence),
+    "bundle": lambda subject: (
+        subject.has_bundle,
+        f"Nothing is fetched yet: envbuilder fetch {subject.recipe_file}",
+    ),
+    "gpu": lambda subject: (bool(subject.gpus.devices), subject.gpus.absence),
+    "gpus": lambda subject: (
+        len(subject.gpus.devices) > 1,
+        "There is one GPU here." if subject.gpus.devices else subject.gpus.absence,
+    ),
+    "site": lambda subject: (subject.site is not None, "No site was given (--site NAME)."),
+    "config": lambda subject: (subject.config is not None, "No training config was given (--config FILE)."),
+    "slurm": lambda subject: (subject.has_slurm, "Slurm's commands are not on this machine."),
+    "addresses": lambda subject: (
+        limits.torch_fits(),
+        "torch's libraries don't fit into this shell's limit of virtual memory (ulimit -v): look again in a "
+        "job.",
+    ),
+}
+"""What a check may need → whether it is there, and what is said where it isn't."""

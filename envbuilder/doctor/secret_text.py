@@ -36,7 +36,8 @@ _COUNT = re.compile(r"\d{1,6}")
 _PLAIN_WORD = re.compile(r"[A-Z]?[a-z]{1,15}|[A-Z]{1,15}")
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-    r"|(?>^[^\n]*[A-Za-z0-9+/=]{16}[ \t]*\n)+[^\n]*-----END [A-Z ]*PRIVATE KEY-----",
+    # A line that was matched is not tried again with less: what Python 3.11 writes as (?>…).
+    r"|(?:(?=(?P<line>^[^\n]*[A-Za-z0-9+/=]{16}[ \t]*\n))(?P=line))+[^\n]*-----END [A-Z ]*PRIVATE KEY-----",
     re.DOTALL | re.MULTILINE,
 )
 _NETRC = re.compile(

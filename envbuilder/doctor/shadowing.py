@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ _OWN = ("nvidia/*/lib/lib*.so*", "torch/lib/lib*.so*")
 """Where packages put the libraries that the loader finds by name."""
 _CXX = "libstdc++.so.6"
 _LOADER_CACHE = Path("/etc/ld.so.cache")
+_PATHS = sysconfig.get_paths()
+_STANDARD_LIBRARY = (Path(_PATHS["stdlib"]), Path(_PATHS["platstdlib"], "lib-dynload"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shadow:
     """A library that is taken in place of another one of its name."""
 
@@ -127,9 +130,9 @@ def _is_same(path: Path, other: Path) -> bool:
 
 def shadowed_modules(folders: Iterable[Path], site_packages: Iterable[Path]) -> dict[str, Path]:
     """Module's name → where, of those in `folders` that the standard library or `site_packages` have too."""
-    known = set(sys.stdlib_module_names)
-    for packages in site_packages:
-        known |= _modules(packages).keys()
+    known = set(sys.builtin_module_names)
+    for library in (*_STANDARD_LIBRARY, *site_packages):
+        known |= _modules(library).keys()
     shadows: dict[str, Path] = {}
     for folder in folders:
         for name, path in _modules(folder).items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal, get_args
+
+from envbuilder.toml import tomllib
 
 Kind = Literal["cause", "symptom", "consequence", "note"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -16,7 +17,7 @@ LINES_AFTER = 2
 """A pattern may reach into so many lines after the one that has the mark."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Signature:
     """One known failure; signatures.toml says what the fields hold."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +15,19 @@ from envbuilder.doctor.inspecting import Inspection, inspect_config
 from envbuilder.doctor.installed import Binary, read_binaries
 from envbuilder.doctor.loading import loaded_with_torch
 from envbuilder.doctor.once import once
+from envbuilder.doctor.rank_run import NcclRun, run_nccl
+from envbuilder.errors import EnvbuilderError, IntegrityError
 from envbuilder.gpu import Gpus, GpuState, read_gpu_states, read_gpus
 from envbuilder.interpreter import Interpreter, inspect_interpreter
 from envbuilder.load_order import Loaded
-from envbuilder.lock import SourceLock
-from envbuilder.model import Bundle, EnvReceipt, read_record
+from envbuilder.lock import LockedModel, SourceLock
+from envbuilder.model import ENV_RECEIPT, Bundle, EnvReceipt, read_record
+from envbuilder.modules import load_again
 from envbuilder.paths import Root
+from envbuilder.progress_file import own_job_id
+from envbuilder.provided_models import locked_model
 from envbuilder.recipe import Recipe
 from envbuilder.site import Site
-
-RECEIPT = "envbuilder.json"
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,13 @@ class Subject:
     site: Site | None = None
     config: Path | None = None
     """A training config."""
+    overrides: tuple[str, ...] = ()
+    """Of its keys, `key.path=value`."""
     recipe_path: Path | None = None
     lock_path: Path | None = None
     """Where the recipe lies, and where its lock does or would."""
+    image_at: Path | None = None
+    """The folder that the env's image is mounted at or unpacked to, where the env is one."""
 
     @property
     def recipe_file(self) -> str:
@@ -47,8 +56,16 @@ class Subject:
     @property
     def env(self) -> Path | None:
         """The env's folder, where `install` has made one."""
-        folder = self.root.env(self.recipe.name) if self.recipe else None
+        folder = self.image_at or (self.root.env(self.recipe.name) if self.recipe else None)
         return folder if folder is not None and folder.is_dir() else None
+
+    @property
+    def env_absence(self) -> str:
+        """Why there is no folder of the env to look into."""
+        if self.recipe is not None and self.root.image_receipt(self.recipe.name).exists():
+            config = f" --config {self.config}" if self.config else ""
+            return f"The env is an image, into which this looks: envbuilder doctor {self.recipe_file}{config}"
+        return f"Nothing is installed yet: envbuilder install {self.recipe_file}"
 
     @property
     def has_bundle(self) -> bool:
@@ -63,7 +80,7 @@ class Subject:
     @property
     def remake_env(self) -> str:
         """The command that makes the env anew: without the flag, one whose receipt is right is left alone."""
-        return f"envbuilder install {self.recipe_file} --reinstall"
+        return f"envbuilder install {self.recipe_file} {'--image ' if self.image_at else ''}--reinstall"
 
     @property
     def rebuild(self) -> str:
@@ -88,10 +105,34 @@ class Subject:
         return open_bundle(self.root, self.recipe.name)
 
     @once
+    def provided_models(self) -> Mapping[str, str]:
+        """The models that the machine provides to the bundle: name → folder."""
+        if self.has_bundle:
+            with suppress(EnvbuilderError):  # what is wrong with the bundle, its own checks say
+                return self.bundle.record.provided_models
+        return {}
+
+    def locked_model(self, folder: Path) -> LockedModel | None:
+        """What the lock names of the model in `folder`; None where it knows none there."""
+        return locked_model(folder, self.lock.models if self.lock else (), self.provided_models)
+
+    @once
     def receipt(self) -> EnvReceipt:
         """The env's receipt; IntegrityError where it is missing or damaged."""
         assert self.env is not None, "checks that read the receipt need an env"
-        return read_record(self.env / RECEIPT, EnvReceipt, remedy=f"envbuilder install {self.recipe_file}")
+        return read_record(
+            self.env / ENV_RECEIPT, EnvReceipt, remedy=f"envbuilder install {self.recipe_file}"
+        )
+
+    @once
+    def variables(self) -> Mapping[str, str]:
+        """What the env's processes are started with, as `train` does: this shell's variables, and what the
+        modules that the env was compiled with had added."""
+        with suppress(IntegrityError):  # a check of its own tells of a damaged receipt
+            if self.env:
+                provided = self.receipt.provided is not None
+                return load_again(os.environ, self.receipt.modules, keep_cuda_libraries=provided)
+        return os.environ
 
     @property
     def site_packages(self) -> tuple[Path, ...]:
@@ -104,6 +145,11 @@ class Subject:
         provided = self.receipt.provided.site_packages if self.env and self.receipt.provided else ()
         return (*self.site_packages, *map(Path, provided))
 
+    @property
+    def is_in_job(self) -> bool:
+        """Whether this is a job's node. Else it may be a login node."""
+        return own_job_id() is not None
+
     @once
     def gpus(self) -> Gpus:
         """The GPUs of this machine, as nvidia-smi tells."""
@@ -114,10 +160,16 @@ class Subject:
         """How the GPUs are; checks that put work on them ask first, or it would show as somebody's."""
         return read_gpu_states()
 
+    @once
+    def nccl(self) -> NcclRun:
+        """One rank of NCCL on each GPU of this machine, run by the env's torch."""
+        _ = self.gpu_states  # before there is work of our own on the GPUs
+        return run_nccl(self.python, self.variables, remedy=self.remake_env)
+
     @property
     def processes(self) -> int:
         """How many will train: one a GPU, of the site's jobs or of this machine."""
-        return max(1, self.site.train.gpus if self.site else len(self.gpus.devices))
+        return max(1, self.site.train.gpus * self.site.train.nodes if self.site else len(self.gpus.devices))
 
     @once
     def config_files(self) -> Inspection:
@@ -143,7 +195,7 @@ class Subject:
     def loaded(self) -> tuple[Loaded, ...]:
         """What a process loads that imports torch and the compiled extension modules."""
         extensions = self.extension_files.values()
-        return loaded_with_torch(self.python, self.import_path, extensions, os.environ)
+        return loaded_with_torch(self.python, self.import_path, extensions, self.variables)
 
     @once
     def binaries(self) -> tuple[Binary, ...]:
@@ -153,4 +205,7 @@ class Subject:
     def _inspect(self, *options: str) -> Inspection:
         assert self.config is not None, "checks that inspect the config need one"
         renew = f"envbuilder fetch {self.recipe_file} && {self.remake_env}"
-        return inspect_config(self.python, self.config, *options, renew=renew)
+        settings = (word for override in self.overrides for word in ("--set", override))
+        return inspect_config(
+            self.python, self.config, *options, *settings, renew=renew, environ=self.variables
+        )

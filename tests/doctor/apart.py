@@ -34,7 +34,7 @@ def find_apart(root: Root, setup: str, *checks: str) -> dict[str, Finding]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stderr
     findings = [Finding.model_validate_json(line) for line in ended.stdout.splitlines()]

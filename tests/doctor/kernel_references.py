@@ -6,6 +6,7 @@ largest difference or what was found. Everything is float64 on the CPU.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -314,6 +315,34 @@ def unwritten(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor) -> Tenso
     return torch.where(torch.arange(37) == 36, torch.nan, out)
 
 
+def configurations_left() -> list[dict[str, int]]:
+    """Of a kernel with three configurations, the one with the fewest elements in flight."""
+    import triton
+
+    def config(rows: int, columns: int, stages: int) -> object:
+        return triton.Config({"BLOCK_SIZE_M": rows, "BLOCK_SIZE_N": columns}, num_stages=stages)
+
+    def kernel(x):  # type: ignore[no-untyped-def]
+        pass
+
+    harness.without_tuning()
+    configs = [config(64, 64, 4), config(32, 64, 2), config(32, 32, 5)]
+    tuned = triton.autotune(configs, key=["x"])(triton.jit(kernel))
+    return [left.kwargs for left in tuned.configs]
+
+
+def shared_out() -> tuple[list[str], list[tuple[str, str]]]:
+    """All suites, and each with each dtype that a process runs it in."""
+    specification = importlib.util.spec_from_file_location("entry", f"{sys.argv[1]}/__main__.py")
+    assert specification is not None
+    assert specification.loader is not None
+    entry = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(entry)
+    suites = [suite for package in entry.SUITES.values() for suite in package]
+    processes = entry.shared_out(suites, entry.DTYPES)
+    return suites, [(suite, dtype) for suite, dtypes in processes for dtype in dtypes]
+
+
 VERDICTS = {
     "a right kernel": in_float32,
     "a kernel that ignores documents": lambda x, weight, bias, seq_idx: in_float32(x, weight, bias, None),
@@ -344,4 +373,6 @@ if __name__ == "__main__":
         found[name] = harness.compare(case(kernel), CPU)["problem"]
     raising = harness.run_cases("conv", lambda: iter([case(lambda **inputs: inputs["nothing"])]), CPU)
     found["a kernel that raises"] = next(iter(raising))["problem"]
+    found["configurations left"] = configurations_left()
+    found["suites"], found["shared out"] = shared_out()
     print(json.dumps(found))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.doctor.architectures import capability_of, runs_on, wanted_code
+from envbuilder.architectures import capability_of, runs_on, wanted_code
 from envbuilder.model import Extension
 from envbuilder.site import Site
 from tests.doctor.conftest import TinyEnv, cuda_recipe, nvidia_smi, run_one

@@ -283,6 +283,15 @@ def test_a_wheel_whose_extension_is_not_the_receipts_is_named(
     assert line.endswith("native_ext.so is not the extension module of the receipt")
 
 
+def test_an_index_of_a_build_for_a_local_version_of_torch_is_right(
+    bundle: Bundle, root: Root, build: Callable[..., BuildReceipt]
+) -> None:
+    build("native-1.5-cp312-torch2.11.0+cu130-sm90-0123456789ab", torch="2.11.0+cu130", torch_cuda="13.0")
+    (index,) = write_indexes(root)
+    assert "%2Bcu130" in (index.path / "native" / "index.json").read_text(encoding="utf-8")
+    assert check("wheelhouse.index", bundle).verdict == "ok"
+
+
 def test_an_index_that_leads_to_a_wheel_that_is_gone_or_another_is_found(
     bundle: Bundle, root: Root, build: Callable[..., BuildReceipt]
 ) -> None:
@@ -299,6 +308,8 @@ def test_an_index_that_leads_to_a_wheel_that_is_gone_or_another_is_found(
         finding = check("wheelhouse.index", bundle)
         assert finding.verdict == "failed"
         assert why in finding.evidence[0]
+        assert finding.remedy is not None
+        assert finding.remedy.endswith(" --local")  # what is built stays, and the pages are written again
     page.write_text(text, encoding="utf-8")
     (index.path / "native" / "index.html").write_text("", encoding="utf-8")
     assert "lacks native-1.5" in check("wheelhouse.index", bundle).evidence[0]

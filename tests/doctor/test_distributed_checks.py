@@ -55,7 +55,7 @@ def test_an_interface_that_is_not_there_keeps_gloo_from_starting(
 
 
 def script(quickstart: Quickstart, *arguments: str) -> dict[str, Any]:
-    ended = run([quickstart.python, "-P", RANKS, "--bytes", "65536", *arguments], timeout_s=120)
+    ended = run([quickstart.python, "-P", RANKS, "--bytes", "65536", *arguments], timeout_s=600)
     return dict(json.loads(ended.output.splitlines()[-1]))
 
 

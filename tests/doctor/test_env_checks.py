@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,24 @@ def test_an_extension_that_does_not_import_is_named_with_its_error_and_a_fitting
     assert "undefined symbol" in finding.evidence[0]
     assert finding.remedy is not None
     assert "envbuilder compile recipes/tiny.toml --local --rebuild" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("libraries", "remedy"),
+    [(None, "envbuilder install recipes/tiny.toml --reinstall"), ("/opt/old", "unset LD_LIBRARY_PATH, and")],
+)
+def test_where_torch_itself_does_not_import_nothing_is_compiled_again(
+    make_env: Callable[..., TinyEnv], monkeypatch: pytest.MonkeyPatch, libraries: str | None, remedy: str
+) -> None:
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    if libraries:
+        monkeypatch.setenv("LD_LIBRARY_PATH", libraries)
+    broken = "raise ImportError('no such thing')\n"
+    env = make_env(recipe=cuda_recipe("ext"), files={"torch/__init__.py": broken, "ext.py": "import torch\n"})
+    finding = env.check("env.imports")
+    assert finding.verdict == "failed"
+    assert finding.remedy is not None
+    assert finding.remedy.startswith(remedy)
 
 
 def test_an_extension_that_crashes_the_interpreter_is_a_failure(make_env: Callable[..., TinyEnv]) -> None:
@@ -288,6 +307,66 @@ def test_an_env_whose_interpreter_became_another_python_is_found(env: TinyEnv) -
     finding = env.check("env.interpreter")
     assert finding.verdict == "failed"
     assert "3.9.1" in finding.summary
+
+
+# What venv writes, between "deactivate nondestructive" and _OLD_VIRTUAL_PATH.
+ACTIVATES = {
+    "3.11.7": """
+VIRTUAL_ENV="{folder}"
+export VIRTUAL_ENV
+""",
+    "3.12.1": """
+# on Windows, a path can contain colons and backslashes and has to be converted:
+if [ "$OSTYPE" = "cygwin" ] || [ "$OSTYPE" = "msys" ] ; then
+    # transform D:\\path\\to\\venv to /d/path/to/venv on MSYS
+    # and to /cygdrive/d/path/to/venv on Cygwin
+    export VIRTUAL_ENV=$(cygpath "{folder}")
+else
+    # use the path as-is
+    export VIRTUAL_ENV="{folder}"
+fi
+""",
+    "3.12.10": """
+# on Windows, a path can contain colons and backslashes and has to be converted:
+case "$(uname)" in
+    CYGWIN*|MSYS*|MINGW*)
+        # transform D:\\path\\to\\venv to /d/path/to/venv on MSYS and MINGW
+        # and to /cygdrive/d/path/to/venv on Cygwin
+        VIRTUAL_ENV=$(cygpath {quoted})
+        export VIRTUAL_ENV
+        ;;
+    *)
+        # use the path as-is
+        export VIRTUAL_ENV={quoted}
+        ;;
+esac
+""",
+    "3.13.0": """
+# on Windows, a path can contain colons and backslashes and has to be converted:
+case "$(uname)" in
+    CYGWIN*|MSYS*)
+        # transform D:\\path\\to\\venv to /d/path/to/venv on MSYS
+        # and to /cygdrive/d/path/to/venv on Cygwin
+        VIRTUAL_ENV=$(cygpath "{folder}")
+        export VIRTUAL_ENV
+        ;;
+    *)
+        # use the path as-is
+        export VIRTUAL_ENV="{folder}"
+        ;;
+esac
+""",
+}
+
+
+@pytest.mark.parametrize("version", ACTIVATES)
+def test_where_each_pythons_activate_leads_is_read_right(env: TinyEnv, version: str, tmp_path: Path) -> None:
+    for folder, verdict in ((env.folder, "ok"), (tmp_path / "where it was", "warning")):
+        text = ACTIVATES[version].format(folder=folder, quoted=shlex.quote(str(folder)))
+        (env.folder / "bin" / "activate").write_text(text, encoding="utf-8")
+        finding = env.check("env.interpreter")
+        assert finding.verdict == verdict
+    assert finding.evidence[0].endswith(f": {tmp_path}/where it was")
 
 
 def test_an_env_that_was_moved_is_warned_of(env: TinyEnv) -> None:

@@ -69,6 +69,23 @@ def test_the_driver_must_serve_the_major_version_of_torchs_cuda(
     assert driver in finding.summary
 
 
+@pytest.mark.parametrize(("torch", "verdict"), [("13.0", "ok"), ("99.0", "skipped")])
+def test_a_driver_that_does_not_say_what_it_serves_is_judged_by_its_version(
+    make_env: MakeEnv, programs: Programs, torch: str, verdict: str
+) -> None:
+    env = make_env(files=torch_version(cuda=torch))
+    programs(nvidia_smi=nvidia_smi(cuda="N/A"))
+    assert env.check("gpu.driver").verdict == verdict
+
+
+def test_an_older_driver_that_says_nothing_fails(make_env: MakeEnv, programs: Programs) -> None:
+    env = make_env(files=torch_version())
+    programs(nvidia_smi=nvidia_smi(cuda="N/A").replace("580.65.06", "535.54.03"))
+    finding = env.check("gpu.driver")
+    assert (finding.verdict, "535.54.03" in finding.summary) == ("failed", True)
+    assert "a torch built with CUDA 12" in (finding.remedy or "")
+
+
 def test_a_cpu_torch_on_a_gpu_machine_fails(make_env: MakeEnv, programs: Programs) -> None:
     env = make_env(files=torch_version("2.11.0+cpu", None))
     programs(nvidia_smi=nvidia_smi())

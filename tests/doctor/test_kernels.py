@@ -20,7 +20,7 @@ def found(quickstart: Quickstart) -> dict[str, Any]:
     """What kernel_references.py prints: one interpreter for all tests, for torch is slow to import."""
     script = Path(__file__).with_name("kernel_references.py")
     ended = run(
-        [quickstart.python, script, Path(envbuilder.doctor.__file__).parent / "kernels"], timeout_s=120
+        [quickstart.python, script, Path(envbuilder.doctor.__file__).parent / "kernels"], timeout_s=600
     )
     assert ended.returncode == 0, ended.output
     return dict(json.loads(ended.output.splitlines()[-1]))
@@ -65,3 +65,15 @@ def test_a_right_kernel_has_no_problem(found: dict[str, Any]) -> None:
 )
 def test_a_wrong_kernel_is_found(found: dict[str, Any], kernel: str, problem: str) -> None:
     assert problem in found[kernel]
+
+
+def test_of_a_tuned_kernel_only_the_smallest_configuration_is_left(found: dict[str, Any]) -> None:
+    assert found["configurations left"] == [{"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64}]
+
+
+def test_every_suite_is_run_in_every_dtype_once(found: dict[str, Any]) -> None:
+    shared = [tuple(pair) for pair in found["shared out"]]
+    assert sorted(shared) == sorted(set(shared))
+    assert {suite for suite, _ in shared} == set(found["suites"])
+    for suite in found["suites"]:
+        assert {dtype for name, dtype in shared if name == suite} == {"bfloat16", "float32", "float16"}

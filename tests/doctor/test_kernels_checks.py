@@ -14,6 +14,7 @@ from envbuilder.paths import Root
 from envbuilder.process import run
 from tests.conftest import Quickstart
 from tests.doctor.conftest import TinyEnv, run_one
+from tests.doctor.fatbins import make_library
 from tests.doctor.test_gpu_checks import SOUND, log, smi
 
 Programs = Callable[..., Path]
@@ -30,6 +31,9 @@ class Tensor: ...
 def device(*name): return name
 float32 = float16 = bfloat16 = None
 """
+KERNEL = InstalledPackage(
+    name="causal-conv1d", version="1.7.0", wheel="x.whl", sha256="0" * 64, origin="wheelhouse"
+)
 
 
 def test_an_env_without_known_kernels_skips_them(env: TinyEnv, programs: Programs) -> None:
@@ -41,14 +45,37 @@ def test_kernels_that_can_not_run_are_a_failure_with_the_last_words(
     make_env: MakeEnv, programs: Programs
 ) -> None:
     env = make_env(files={"torch/__init__.py": BROKEN_TORCH, "torch/nn.py": "functional = None\n"})
-    kernel = InstalledPackage(
-        name="causal-conv1d", version="1.7.0", wheel="x.whl", sha256="0" * 64, origin="wheelhouse"
-    )
-    env.change_receipt(packages=(*env.receipt.packages, kernel))
+    env.change_receipt(packages=(*env.receipt.packages, KERNEL))
     programs(nvidia_smi=smi(log(SOUND)))
     finding = env.check("gpu.kernels")
     assert finding.verdict == "failed"
     assert any("Found no NVIDIA driver" in line for line in finding.evidence)
+
+
+@pytest.mark.parametrize(
+    ("visible", "why"), [("", "CUDA_VISIBLE_DEVICES is ''"), (None, "the driver has none")]
+)
+def test_kernels_that_no_gpu_is_visible_to_are_skipped_with_the_reason(
+    make_env: MakeEnv,
+    programs: Programs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    why: str,
+) -> None:
+    # nvidia-smi shows a GPU all the same: hidden GPUs are CUDA's matter alone.
+    env = make_env(files={"torch/__init__.py": BROKEN_TORCH, "torch/nn.py": "functional = None\n"})
+    env.change_receipt(packages=(*env.receipt.packages, KERNEL))
+    make_library(tmp_path / "driver/libcuda.so.1", "int cuInit(unsigned flags) { return 100; }")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "driver"))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    programs(nvidia_smi=smi(log(SOUND)))
+    finding = env.check("gpu.kernels")
+    assert finding.verdict == "skipped"
+    assert finding.summary == f"No GPU is visible to CUDA here, so the kernels can't run: {why}."
 
 
 def _run(kernel: str, problem: str | None) -> dict[str, Any]:
@@ -63,29 +90,50 @@ def _run(kernel: str, problem: str | None) -> dict[str, Any]:
     }
 
 
+PACKAGES = ("causal-conv1d", "mamba-ssm")
+
+
 @pytest.mark.parametrize(
     ("wrong", "verdict"),
     [
         ([], "ok"),
-        (["causal_conv1d_fn, short last block"], "warning"),
+        (["causal_conv1d_fn, short last block"], "ok"),
         (["causal_conv1d_fn"], "failed"),
         (["causal_conv1d_fn, short last block", "selective_scan_fn"], "failed"),
     ],
 )
 def test_only_a_defect_that_every_build_has_is_no_failure(wrong: list[str], verdict: str) -> None:
     results = [_run("causal_conv1d_fn", None), *(_run(kernel, "gradient of x is off") for kernel in wrong)]
-    outcome = judge_kernels(results, "a GPU", "recipes/tiny.toml")
+    outcome = judge_kernels(results, "a GPU", "recipes/tiny.toml", PACKAGES)
     assert outcome.verdict == verdict
     assert (outcome.remedy is None) == (verdict == "ok")
+
+
+def test_a_known_defect_is_told_with_versions_and_a_way_round_it() -> None:
+    results = [_run("causal_conv1d_fn", None), _run("causal_conv1d_fn, short last block", "is off")]
+    outcome = judge_kernels(results, "a GPU", "recipes/tiny.toml", PACKAGES)
+    assert outcome.summary.startswith(
+        "1 kernel runs on a GPU, forward and backward, agree with float64; 1 don't"
+    )
+    assert any(
+        line.startswith("causal-conv1d 1.7.0: ") and "channel-last" in line for line in outcome.evidence
+    )
+
+
+def test_what_would_write_into_other_memory_is_not_run_and_said_to_be() -> None:
+    outcome = judge_kernels([_run("selective_scan_fn", None)], "a GPU", "recipes/tiny.toml", PACKAGES)
+    assert any(line.startswith("not run: mamba-ssm ") for line in outcome.evidence)
+    without = judge_kernels([_run("causal_conv1d_fn", None)], "a GPU", "recipes/tiny.toml", PACKAGES[:1])
+    assert not any("mamba-ssm" in line for line in without.evidence)
 
 
 @pytest.mark.needs_env
 def test_a_process_that_breaks_off_is_a_result_of_its_suite(tmp_path: Path, quickstart: Quickstart) -> None:
     # Without a GPU every suite breaks off: each with the reason, and none keeps the others from running.
     ended = run(
-        [quickstart.python, "-P", DOCTOR / "kernels", "causal-conv1d", "--dtype", "float16"],
+        [quickstart.python, "-P", DOCTOR / "kernels", "causal-conv1d", "--dtypes", "float16"],
         env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPYCACHEPREFIX": str(tmp_path)},
-        timeout_s=300,
+        timeout_s=600,
     )
     report = json.loads(ended.output.splitlines()[-1])
     assert [result["kernel"] for result in report["results"]] == [
@@ -93,7 +141,7 @@ def test_a_process_that_breaks_off_is_a_result_of_its_suite(tmp_path: Path, quic
         "convolution_cases.continued",
     ]
     assert all("Found no NVIDIA driver" in result["problem"] for result in report["results"])
-    assert judge_kernels(report["results"], "a GPU", "recipes/tiny.toml").verdict == "failed"
+    assert judge_kernels(report["results"], "a GPU", "recipes/tiny.toml", PACKAGES).verdict == "failed"
 
 
 def with_torch(make_env: MakeEnv, quickstart: Quickstart) -> TinyEnv:

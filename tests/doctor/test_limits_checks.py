@@ -12,6 +12,7 @@ import pytest
 from envbuilder.model import Finding
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
+from tests.conftest import REPOSITORY
 from tests.doctor.apart import find_apart, limits_told_by
 from tests.doctor.conftest import cuda_recipe, nvidia_smi, run_one
 
@@ -54,6 +55,34 @@ def test_limits_too_tight_to_work_with_fail(root: Root) -> None:
 def test_limits_that_leave_some_room_are_a_warning(root: Root) -> None:
     found = find_apart(root, LOOSER, *CEILINGS)
     assert {finding.verdict for finding in found.values()} == {"warning"}
+
+
+@pytest.mark.parametrize(("job", "verdict"), [("", "ok"), ("os.environ['SLURM_JOB_ID'] = '1'", "failed")])
+def test_a_login_nodes_limits_are_not_those_of_the_sites_jobs(root: Root, job: str, verdict: str) -> None:
+    site = f"""
+from dataclasses import replace
+from envbuilder.site import load_site
+os.environ.pop("SLURM_JOB_ID", None)
+{job}
+subject = replace(subject, site=load_site({str(REPOSITORY / "recipes/sites/generic.toml")!r}))
+"""
+    found = find_apart(root, TIGHT + site, *CEILINGS)
+    assert found["platform.address-space"].verdict == found["platform.cpu-seconds"].verdict == verdict
+    assert ("don't inherit it" in found["platform.address-space"].summary) == (verdict == "ok")
+    # Downloads are of the login node itself.
+    assert found["platform.file-size"].verdict == "failed"
+
+
+def test_what_loads_torch_is_left_out_where_its_libraries_can_not_be_mapped(root: Root) -> None:
+    root.env("tiny").mkdir(parents=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (8 * GIB, hard))
+    try:
+        found = run_one("env.imports", root=root, recipe=Recipe(name="tiny", requirements=("tiny",)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert found.verdict == "skipped"
+    assert "ulimit -v" in found.summary
 
 
 @pytest.fixture

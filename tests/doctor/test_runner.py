@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from envbuilder.doctor import CHECKS, Subject, choose_checks, run_checks
 from envbuilder.doctor.check import Check, Outcome, ok
 from envbuilder.errors import UsageError
-from envbuilder.gpu import Gpus
+from envbuilder.gpu import Gpu, Gpus
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
 from envbuilder.report import Quiet, Reporter
@@ -28,7 +29,7 @@ def test_without_a_recipe_the_checks_that_need_one_are_skipped_with_that_reason(
     findings = run_checks(Subject(None, root, None), Quiet())
     assert [finding.check for finding in findings] == [check.id for check in choose_checks()]
     skipped = {f.check for f in findings if f.summary == "No recipe was given."}
-    assert skipped == {check.id for check in CHECKS if "recipe" in check.needs}
+    assert skipped == {check.id for check in choose_checks() if "recipe" in check.needs}
     assert {"storage.free-space", "toolchain.compiler"}.isdisjoint(skipped)
 
 
@@ -37,6 +38,15 @@ def test_before_install_the_checks_of_an_env_are_skipped_and_name_the_command(ro
     (finding,) = run_checks(Subject(recipe, root, None), Quiet(), choose_checks({"env.records"}))
     assert finding.verdict == "skipped"
     assert "envbuilder install recipes/tiny.toml" in finding.summary
+
+
+def test_where_the_env_is_an_image_they_name_the_command_that_looks_into_it(root: Root) -> None:
+    root.images.mkdir(parents=True)
+    root.image_receipt("tiny").touch()
+    subject = Subject(Recipe(name="tiny", requirements=("tiny",)), root, None, config=Path("c.yaml"))
+    (finding,) = run_checks(subject, Quiet(), choose_checks({"env.records"}))
+    assert finding.verdict == "skipped"
+    assert finding.summary.endswith(": envbuilder doctor recipes/tiny.toml --config c.yaml")
 
 
 def test_an_unknown_check_is_refused_before_any_check_runs() -> None:
@@ -96,7 +106,12 @@ def test_a_defect_in_a_check_loses_nothing_of_what_the_others_found(root: Root) 
     assert any("break_off" in line for line in broken.evidence)
 
 
-def test_checks_on_the_gpu_run_one_at_a_time_and_quick_ones_side_by_side(root: Root) -> None:
+GPU = Gpu("0", "NVIDIA H200", "9.0", "580.159.04", "143771", "Default")
+
+
+def test_checks_on_the_gpu_run_one_at_a_time_and_quick_ones_side_by_side(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_once = threading.Barrier(3, timeout=20)
     under_way: list[str] = []
 
@@ -113,8 +128,10 @@ def test_checks_on_the_gpu_run_one_at_a_time_and_quick_ones_side_by_side(root: R
 
     quick = tuple(_check(meet, f"test.quick-{n}") for n in range(3))
     gpu = tuple(_check(alone, f"test.gpu-{n}", cost="gpu") for n in range(5))
-    found = run_checks(Subject(None, root, None), Quiet(), quick + gpu)
-    assert [finding.summary for finding in found] == ["met"] * 3 + ["1"] * 5
+    asked = _check(alone, "test.asked", cost="asked", needs=("gpu",))
+    monkeypatch.setattr("envbuilder.doctor.subject.read_gpus", lambda: Gpus((GPU,), "13.0", None))
+    found = run_checks(Subject(None, root, None), Quiet(), (*quick, *gpu, asked))
+    assert [finding.summary for finding in found] == ["met"] * 3 + ["1"] * 6
 
 
 def test_what_checks_share_is_found_out_once(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,21 @@ def test_gpus_are_asked_for_as_the_site_says() -> None:
     assert "--gres=gpu:a100:4" in words(typed)
     assert "--gpus-per-node=2" in words(make_site(gpus=2, **{"gpu-request": "gpus-per-node"}).build)
     assert not [word for word in words(make_site().build) if "gpu:" in word or "gpus" in word]
+
+
+@pytest.mark.parametrize("check", ["partition", "nodes"])
+def test_where_the_cluster_chooses_the_partition_none_is_looked_at(
+    root: Root, programs: Programs, check: str
+) -> None:
+    programs(**COMMANDS, sinfo="exit 1")
+    job = {"walltime": "01:00:00", "cpus": 8}
+    site = Site.model_validate({"name": "here", "build": job, "train": job})
+    finding = run_one(f"slurm.{check}", root=root, site=site)
+    assert finding.verdict == "skipped"
+    assert "names no partition" in finding.summary
+
+
+def test_memory_that_is_not_asked_for_is_compared_with_nothing() -> None:
+    spec = JobSpec(walltime="01:00:00", cpus=8)
+    assert list(slurm._too_much(spec, {"mem": "1G"})) == []
+    assert slurm._wanted_words(spec) == "8 CPUs"

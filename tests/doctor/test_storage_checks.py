@@ -174,6 +174,7 @@ def lustre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ROOT and HOME lie on Lustre, as the mounts tell."""
     mounts = tmp_path / "mountinfo"
     mounts.write_text("27 1 0:9 / / rw - lustre 10.0.0.1@o2ib:/work rw,flock\n", encoding="utf-8")
+    monkeypatch.setattr("envbuilder.doctor.quotas.TIMEOUT_S", 20)  # the tests' machine may be busy
     monkeypatch.setattr("envbuilder.doctor.disks._MOUNTS", mounts)
 
 

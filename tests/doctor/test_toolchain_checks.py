@@ -127,6 +127,18 @@ def test_the_machines_own_nvcc_is_looked_at_where_the_recipe_uses_it(
     assert ("12.4.131" in finding.summary) is bool(there)
 
 
+def test_an_older_nvcc_of_torchs_major_version_passes_and_is_named(
+    make_env: MakeEnv, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    programs(nvcc=NVCC)
+    env = make_env(recipe=cuda_recipe("ext", toolchain="system"), files=torch_version("2.10.0+cu128", "12.8"))
+    finding = env.check("toolchain.cuda")
+    assert finding.verdict == "ok"
+    assert any("older than torch's 12.8" in line for line in finding.evidence)
+
+
 def test_a_recipe_without_gpu_code_needs_no_nvcc(env: TinyEnv) -> None:
     assert env.check("toolchain.cuda").verdict == "skipped"
 

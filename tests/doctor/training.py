@@ -65,6 +65,7 @@ def make_trainer_env(root: Root, quickstart: Quickstart) -> None:
     shutil.copytree(
         REPOSITORY / "trainer", site_packages / "trainer", ignore=shutil.ignore_patterns("__pycache__")
     )
+    shutil.copy(quickstart.root / "envs" / "quickstart" / "envbuilder.json", root.env("tiny"))
 
 
 def talk(*contents: str) -> str:

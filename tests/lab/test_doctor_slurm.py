@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from envbuilder.doctor import explain_log
 from tests.lab.slurm import ACCOUNT, DEBUG_QOS, PARTITION, USER, SlurmLab, missing_programs
 
 pytestmark = pytest.mark.lab
@@ -120,6 +121,17 @@ def test_a_walltime_beyond_the_partition_s_fails(lab: SlurmLab) -> None:
     assert "01:00:00 is longer than the 00:05:00 of short" in found["summary"]
 
 
+def test_sbatch_is_asked_in_the_site_s_own_words(lab: SlurmLab) -> None:
+    as_operator(lab, "scontrol", "update", f"nodename={lab.nodes[0]}", "availablefeatures=gh200,big")
+    words = 'exclusive = true\nextra-sbatch = ["--hint=nomultithread", "--contiguous"]'
+    found = finding(lab, "slurm.submission", more=f'constraint = "gh200&big"\n{words}')
+    absent = finding(lab, "slurm.submission", more='constraint = "gh200&small"')
+    wrong = finding(lab, "slurm.submission", more='extra-sbatch = ["--no-such-option"]')
+    assert found["verdict"] == "ok", found
+    assert "Invalid feature specification" in absent["summary"]
+    assert "unrecognized option" in "".join(wrong["evidence"])
+
+
 def test_a_partition_that_is_down_fails(lab: SlurmLab) -> None:
     as_operator(lab, "scontrol", "update", "partitionname=short", "state=down")
     try:
@@ -160,10 +172,10 @@ def test_a_qos_that_allows_less_than_is_asked_for_fails(lab: SlurmLab) -> None:
 
 
 @pytest.mark.parametrize(
-    ("qos", "words"), [("nothing", "there is no QoS nothing"), ("urgent", "may not use the QoS urgent")]
+    ("qos", "words"), [("nothing", "there is no QoS nothing"), ("others", "may not use the QoS others")]
 )
 def test_a_qos_that_is_not_there_or_not_the_user_s_fails(lab: SlurmLab, qos: str, words: str) -> None:
-    if qos == "urgent":
+    if qos == "others":
         as_operator(lab, "sacctmgr", "-iQ", "add", "qos", qos)
     found = finding(lab, "slurm.qos", more=f'qos = "{qos}"')
     assert found["verdict"] == "failed"
@@ -209,6 +221,18 @@ def test_a_qos_that_is_full_is_said(lab: SlurmLab) -> None:
         found = finding(lab, "slurm.submission", more=f'qos = "{DEBUG_QOS}"')
     assert found["verdict"] == "warning"
     assert "takes no further job" in found["summary"]
+
+
+def test_sbatch_s_own_words_of_a_full_qos_are_explained(lab: SlurmLab) -> None:
+    words = ["sbatch", f"--qos={DEBUG_QOS}", "--mem=100", "--wrap=true"]
+    with held_job(lab, f"--qos={DEBUG_QOS}"):
+        refused = lab.as_user(words)
+    assert refused.returncode != 0
+    log = lab.folder / "refused.log"
+    log.write_text(refused.stderr, encoding="utf-8")
+    first = explain_log(str(log))[0]
+    assert first.check == "log.qos-submit-limit", refused.stderr
+    assert "--wait-for-qos" in (first.remedy or "")
 
 
 def test_a_controller_that_is_down_fails_once_and_the_rest_is_skipped(lab: SlurmLab) -> None:

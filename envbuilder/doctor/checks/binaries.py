@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from envbuilder.doctor.architectures import capability_of, runs_on, wanted_code
+from envbuilder.architectures import capability_of, runs_on, wanted_code
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
 from envbuilder.doctor.evidence import shown
 from envbuilder.doctor.installed import Binary
@@ -131,7 +130,7 @@ def check_symbols(subject: Subject, reporter: Reporter) -> Outcome:
         return skipped(_NOTHING_COMPILED)
     glibc = subject.lock.target.glibc if subject.lock else subject.interpreter.glibc or "0"
     libraries = (
-        *library_folders(os.environ.get("LD_LIBRARY_PATH", "")),
+        *library_folders(subject.variables.get("LD_LIBRARY_PATH", "")),
         *torch_libraries(subject.import_path),
     )
     evidence, faults = [], []
@@ -308,14 +307,14 @@ CHECKS = (
         "GPU code in each extension module against the recipe's compute capabilities, the GPUs here and the "
         "site's",
         check_architectures,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "binaries.torch-architectures",
         "torch's GPU architectures",
         "GPU code in torch against the GPUs here and the site's",
         check_torch_architectures,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "binaries.symbols",
@@ -323,21 +322,21 @@ CHECKS = (
         "whether each symbol that an extension module leaves undefined is defined by the installed torch, "
         "Python or this machine's libraries",
         check_symbols,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "binaries.cxx-abi",
         "the C++ ABI",
         "the extension modules' _GLIBCXX_USE_CXX11_ABI against torch's",
         check_cxx_abi,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "binaries.versions",
         "library versions",
         "GLIBC, GLIBCXX and CXXABI versions that the env's shared objects need, against the libraries here",
         check_versions,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "binaries.search-paths",
@@ -345,6 +344,6 @@ CHECKS = (
         "RPATH and RUNPATH of the env's shared objects: relative ones, folders that everybody may write to, "
         "that are gone, a build's, or in your home",
         check_search_paths,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
 )

@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import unquote
 
 from envbuilder.bundle import hash_file
-from envbuilder.bundle_contents import Examined, examine
+from envbuilder.bundle_contents import Examined, examine, mending
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped
 from envbuilder.doctor.evidence import shown
 from envbuilder.doctor.subject import Subject
@@ -65,7 +66,7 @@ def _bundle_outcome(subject: Subject, found: Examined, right: str) -> Outcome:
             f"{len(found.problems)} files of the bundle are not what its lock names.",
             str(subject.bundle.path),
             *shown([f"{problem.path}: {problem.detail}" for problem in found.problems]),
-            remedy=f"envbuilder fetch {subject.recipe_file} --verify",
+            remedy=mending(subject.bundle, found.problems),
         )
     return ok(right, str(subject.bundle.path))
 
@@ -146,7 +147,7 @@ def check_index(subject: Subject, reporter: Reporter) -> Outcome:
         return failed(
             f"The wheelhouse's index is wrong in {len(faults)} places.",
             *shown(faults),
-            remedy=f"envbuilder compile {subject.recipe_file} --local --rebuild",
+            remedy=f"envbuilder compile {subject.recipe_file} --local",
         )
     return ok(
         "Every link of the wheelhouse's index leads to a wheel with that hash.",
@@ -159,7 +160,7 @@ def _page_faults(page: Path, built: dict[Path, str]) -> Iterator[str]:
         files = json.loads(page.read_bytes())["files"]
         html = (page.parent / "index.html").read_text(encoding="utf-8")
         for file in files:
-            wheel = (page.parent / file["url"]).resolve()
+            wheel = (page.parent / unquote(file["url"])).resolve()
             sha256 = next((sha256 for path, sha256 in built.items() if path.resolve() == wheel), None)
             if sha256 is None:
                 yield f"{page}: {file['filename']} is no finished wheel of the wheelhouse"

@@ -99,7 +99,7 @@ def check_tokens(subject: Subject, parts: Parts) -> Outcome:
     if not counted or not counted[0]["sampled"]:
         return skipped("There are no conversations to count: see data.lines.")
     evidence = [line for tokens in counted for line in _described(tokens)]
-    for name, tokens in zip(("training", "validation"), counted, strict=False):
+    for name, tokens in zip(("training", "validation"), counted):
         if fault := _token_fault(f"{name} data", tokens):
             verdict, summary, remedy = fault
             return verdict(summary, *evidence, remedy=remedy)
@@ -184,7 +184,7 @@ CHECKS: tuple[Check, ...] = (
         "the tokens of the data",
         "how many tokens are trained, and how many examples are cut at seq_length",
         check_tokens,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
 )

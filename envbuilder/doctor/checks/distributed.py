@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
+from envbuilder.doctor.checks.gpu import sees_no_gpu
 from envbuilder.doctor.installed import read_torch
-from envbuilder.doctor.scripts import run_script
+from envbuilder.doctor.rank_run import TIMEOUT_S, command_again, run_ranks, slowest_links
 from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
-from envbuilder.gpu import read_links
 from envbuilder.process import run
 from envbuilder.report import Reporter
 
-_LIMIT_S = {"gloo": 30, "nccl": 120}
-"""For the ranks alone. NCCL looks over the whole machine at its first call."""
-_IMPORTS_S = 90
-"""For importing torch, from a busy shared disk."""
 _SLOW_RENDEZVOUS_S = 10.0
 _OF_LINKS = 0.3
 """The part of the NVLinks' rate below which an all-reduce has not used them; sound ones reach twice that."""
@@ -35,47 +31,32 @@ _OF_LINKS = 0.3
 
 def check_gloo(subject: Subject, reporter: Reporter) -> Outcome:
     """Two ranks on the CPU (ranks.py)."""
-    return _check_ranks(subject, "gloo", "--world", "2", "--bytes", str(2**20))
+    if read_torch(subject.import_path) is None:
+        return skipped("The env has no torch.")
+    report = run_ranks(subject.python, "gloo", subject.variables, remedy=subject.remake_env)
+    return judge_ranks("gloo", report, command_again(subject.python, "gloo"), None)
 
 
 def check_nccl(subject: Subject, reporter: Reporter) -> Outcome:
     """One rank for each visible GPU (ranks.py)."""
-    _ = subject.gpu_states  # before there is work of our own on the GPUs
-    return _check_ranks(subject, "nccl")
-
-
-def _check_ranks(subject: Subject, backend: str, *arguments: str) -> Outcome:
     if read_torch(subject.import_path) is None:
         return skipped("The env has no torch.")
-    limit = _LIMIT_S[backend]
-    report = run_script(
-        subject.python,
-        "ranks.py",
-        *("--backend", backend, "--limit", str(limit), *arguments),
-        timeout_s=limit + _IMPORTS_S,
-        remedy=subject.remake_env,
-    )
-    again = (
-        f"NCCL_DEBUG=INFO {subject.python} -P {Path(__file__).parents[1] / 'ranks.py'} --backend {backend}"
-    )
-    links = [sum(rates) for rates in read_links().values()] if backend == "nccl" else []
-    return judge_ranks(backend, report, " ".join((again, *arguments)), min(links, default=None))
+    if subject.nccl.problem:
+        raise subject.nccl.problem
+    again = command_again(subject.python, "nccl")
+    return judge_ranks("nccl", subject.nccl.report, again, slowest_links())
 
 
 def judge_ranks(backend: str, report: dict[str, Any], again: str, link_gbs: float | None) -> Outcome:
     """The verdict on what ranks.py prints; `again` shows more, `link_gbs` is what a GPU's NVLinks carry."""
     ranks = report["ranks"]
     if not ranks:
-        return failed(
-            "CUDA sees no GPU, so NCCL has nothing to join.",
-            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}",
-            remedy="unset CUDA_VISIBLE_DEVICES; then see: envbuilder doctor --only gpu",
-        )
+        return sees_no_gpu("so NCCL has nothing to join", "", "RECIPE")
     evidence = [_rank(rank) for rank in ranks] + _settings(backend)
     if broken := [rank for rank in ranks if rank["error"]]:
         first = next((rank for rank in broken if "hangs" not in rank["error"]), broken[0])
         named = next((name for name in _IFNAMES[backend] if name in os.environ), None)
-        interfaces = f"unset {named}, or name one of: {', '.join(_addresses())}" if named else None
+        interfaces = f"unset {named}, or name one of: {', '.join(addresses())}" if named else None
         return failed(
             f"{backend} does not get {report['world']} ranks through their {first['stage']}.",
             *evidence,
@@ -128,11 +109,11 @@ def _settings(backend: str) -> list[str]:
 
 def check_interfaces(subject: Subject, reporter: Reporter) -> Outcome:
     """What the variables that choose network interfaces say, against the interfaces that are there."""
-    there = _addresses()
+    there = addresses()
     evidence = [f"{name}: {address or 'no IPv4 address'}" for name, address in there.items()]
     usable = [name for name, address in there.items() if address]
     for variable, choose in (
-        ("NCCL_SOCKET_IFNAME", _chosen_by_nccl),
+        ("NCCL_SOCKET_IFNAME", chosen_by_nccl),
         ("GLOO_SOCKET_IFNAME", _chosen_by_gloo),
     ):
         if not (value := os.environ.get(variable)):
@@ -159,7 +140,7 @@ def check_interfaces(subject: Subject, reporter: Reporter) -> Outcome:
     return ok(f"{len(usable)} network interfaces have an address.", *evidence)
 
 
-def _addresses() -> dict[str, str | None]:
+def addresses() -> dict[str, str | None]:
     """Interface → its IPv4 address."""
     found: dict[str, str | None] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
@@ -176,7 +157,7 @@ _SIOCGIFADDR = 0x8915
 """netdevice(7)."""
 
 
-def _chosen_by_nccl(value: str, usable: list[str]) -> tuple[list[str], list[str]]:
+def chosen_by_nccl(value: str, usable: list[str]) -> tuple[list[str], list[str]]:
     """Interfaces that NCCL_SOCKET_IFNAME chooses, and the names in it that choose none.
 
     A list of prefixes; after "=" of whole names, after "^" of those to leave out.
@@ -199,7 +180,7 @@ def _chosen_by_gloo(value: str, usable: list[str]) -> tuple[list[str], list[str]
     return [name for name in names if name in usable], [name for name in names if name not in usable]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Resolved:
     """What came of looking a host's name up."""
 
@@ -242,7 +223,7 @@ def _resolve(name: str, found: dict[str, Resolved]) -> None:
 def check_names(subject: Subject, reporter: Reporter) -> Outcome:
     """Whether this host's name, MASTER_ADDR and the names of the job's nodes lead to addresses."""
     own, master = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
-    nodes, note = _job_nodes()
+    nodes, note = job_nodes()
     found = resolve(dict.fromkeys(name for name in (own, master, *nodes) if name))
     evidence = [f"{name}: {answer}" for name, answer in found.items()] + ([note] if note else [])
     if master and found[master].problem:
@@ -271,7 +252,7 @@ def check_names(subject: Subject, reporter: Reporter) -> Outcome:
             f"administrators for an entry of {own} in /etc/hosts",
         )
     if len(nodes) > 1 and all(address.startswith("127.") for address in here.addresses):
-        choices = [name for name, address in _addresses().items() if address and name != "lo"]
+        choices = [name for name, address in addresses().items() if address and name != "lo"]
         return warning(
             f"{own} leads to this node alone ({', '.join(here.addresses)}): gloo would tell the job's other "
             "nodes that address.",
@@ -281,7 +262,7 @@ def check_names(subject: Subject, reporter: Reporter) -> Outcome:
     return ok("The names that ranks meet under lead to addresses.", *evidence)
 
 
-def _job_nodes() -> tuple[list[str], str | None]:
+def job_nodes() -> tuple[list[str], str | None]:
     """The nodes of the Slurm job that this runs in, and why they are not known."""
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
@@ -358,10 +339,10 @@ CHECKS: tuple[Check, ...] = (
         "gloo on the CPU",
         "two ranks that find each other and add up numbers",
         check_gloo,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
         # It works on the CPU, but importing torch takes longer than all quick checks together.
         cost="gpu",
-        limit_s=_LIMIT_S["gloo"] + _IMPORTS_S + 10,
+        limit_s=TIMEOUT_S["gloo"] + 10,
     ),
     Check(
         "distributed.nccl",
@@ -370,6 +351,6 @@ CHECKS: tuple[Check, ...] = (
         check_nccl,
         needs=("recipe", "env", "gpu"),
         cost="gpu",
-        limit_s=_LIMIT_S["nccl"] + _IMPORTS_S + 10,
+        limit_s=TIMEOUT_S["nccl"] + 10,
     ),
 )

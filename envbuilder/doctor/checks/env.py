@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from packaging.pylock import Pylock, PylockValidationError
-from packaging.utils import NormalizedName, canonicalize_name
+from packaging.utils import canonicalize_name
 
 from envbuilder.bundle import open_bundle
-from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
-from envbuilder.doctor.evidence import shown
-from envbuilder.doctor.installed import (
-    Distribution,
+from envbuilder.distributions import (
     RecordedFile,
+    differences,
     has_changed,
     owned_paths,
+    provided_differences,
     read_distributions,
-    read_torch,
     recorded_files,
+    runs_at_start,
 )
+from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
+from envbuilder.doctor.evidence import shown
+from envbuilder.doctor.installed import read_torch
 from envbuilder.doctor.loading import torch_folder
 from envbuilder.doctor.scripts import run_script
 from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
 from envbuilder.envlock import ENV_LOCK
-from envbuilder.model import ProvidedPackages
 from envbuilder.report import Reporter
+from envbuilder.toml import tomllib
 from envbuilder.venv import PROVIDED_PTH
 
 IMPORT_TIMEOUT_S = 300
 """torch alone takes a minute to import from a busy shared disk."""
-_RUN_AT_START = ("sitecustomize.py", "usercustomize.py")
 _SCRIPT_HEAD = 4096
 """Bytes of a script in which its interpreter is named: a path can be that long."""
 _SCRIPT_PYTHONS = (
@@ -44,7 +45,8 @@ _SCRIPT_PYTHONS = (
     re.compile(r"#!/bin/sh\s+'''exec' [\"']?(/[^\"'$\n]*?/(?:python|pypy)[\w.]*)[\"']?\s"),
 )
 """How pip and uv name it: in the first line; where that is too long for the kernel, in a line of shell."""
-_ACTIVATED = re.compile(r"^\s*(?:export )?VIRTUAL_ENV=['\"]?([^'\"\n]+?)['\"]?$", re.MULTILINE)
+_ACTIVATED = re.compile(r"^\s*(?:export )?VIRTUAL_ENV=(?![\"']?\$)(.+)$", re.MULTILINE)
+"""The folder as bin/activate has it for Linux: for Windows' shells it has $(cygpath …) or $(wslpath …)."""
 
 
 def check_lock(subject: Subject, reporter: Reporter) -> Outcome:
@@ -80,7 +82,10 @@ def check_distributions(subject: Subject, reporter: Reporter) -> Outcome:
     """What is installed against what the receipt says was installed."""
     wanted = {canonicalize_name(package.name): package.version for package in subject.receipt.packages}
     found = read_distributions(subject.site_packages)
-    faults = [*_differences(wanted, found), *_provided_differences(subject)]
+    faults = [
+        *differences(wanted, found),
+        *provided_differences(subject.receipt.provided, subject.site_packages),
+    ]
     if faults:
         return failed(
             f"What is installed differs from the lock in {len(faults)} packages.",
@@ -90,39 +95,6 @@ def check_distributions(subject: Subject, reporter: Reporter) -> Outcome:
     provided = subject.receipt.provided
     beside = f", {len(provided.versions)} provided by the machine" if provided else ""
     return ok(f"All {len(found)} distributions are those of the lock{beside}.")
-
-
-def _differences(wanted: Mapping[NormalizedName, str], found: tuple[Distribution, ...]) -> Iterator[str]:
-    count = Counter(distribution.name for distribution in found)
-    for name in sorted(wanted.keys() - count.keys()):
-        yield f"{name} {wanted[name]} is missing"
-    for distribution in found:
-        name, version = distribution.name, distribution.version
-        if name not in wanted:
-            yield f"{name} {version} is not in the lock ({distribution.folder})"
-        elif count[name] > 1:
-            yield f"{name} {version} is installed {count[name]} times ({distribution.folder})"
-        elif version != wanted[name]:
-            yield f"{name} is {version} and not {wanted[name]} ({distribution.folder})"
-
-
-def _provided_differences(subject: Subject) -> Iterator[str]:
-    provided = subject.receipt.provided
-    if provided is None:
-        return
-    found = read_distributions(map(Path, provided.site_packages))
-    # Reversed, so that of two the one that is imported counts.
-    versions: dict[str, str] = {distribution.name: distribution.version for distribution in reversed(found)}
-    for name, version in provided.versions.items():
-        if versions.get(name) != version:
-            yield f"{name} {version} of {provided.python} is now {versions.get(name, 'missing')}"
-    if not any(_reaches(folder, provided) for folder in subject.site_packages):
-        yield f"{PROVIDED_PTH}, which makes the machine's packages visible, is missing or changed"
-
-
-def _reaches(folder: Path, provided: ProvidedPackages) -> bool:
-    pth = folder / PROVIDED_PTH
-    return pth.is_file() and set(provided.site_packages) <= set(pth.read_text(encoding="utf-8").splitlines())
 
 
 def check_records(subject: Subject, reporter: Reporter) -> Outcome:
@@ -171,17 +143,31 @@ def check_imports(subject: Subject, reporter: Reporter) -> Outcome:
     # Modules that are linked with torch find its libraries only once it is loaded; others need none.
     first = ["torch"] if torch_folder(subject.import_path) else []
     errors = run_script(
-        subject.python, "importing.py", *first, *modules, timeout_s=IMPORT_TIMEOUT_S, remedy=rebuild
+        subject.python,
+        "importing.py",
+        *first,
+        *modules,
+        timeout_s=IMPORT_TIMEOUT_S,
+        remedy=rebuild,
+        env=subject.variables,
     )
     faults = {module: str(error) for module, error in errors.items() if error}
     if faults:
         reason = next(iter(faults.values()))
+        # torch was not compiled here: without it, compiling the others again mends nothing.
         return failed(
             f"{', '.join(faults)} can't be imported in the env.",
             *(f"{module}: {error}" for module, error in faults.items()),
-            remedy=remedy_for(reason, subject.recipe_file) or rebuild,
+            remedy=remedy_for(reason, subject.recipe_file)
+            or (_mend_torch(subject) if "torch" in faults else rebuild),
         )
     return ok(f"{', '.join(modules)} can be imported.")
+
+
+def _mend_torch(subject: Subject) -> str:
+    if os.environ.get("LD_LIBRARY_PATH"):
+        return f"unset LD_LIBRARY_PATH, and look again: envbuilder doctor {subject.recipe_file} --only env"
+    return subject.remake_env
 
 
 def check_strays(subject: Subject, reporter: Reporter) -> Outcome:
@@ -194,7 +180,7 @@ def check_strays(subject: Subject, reporter: Reporter) -> Outcome:
         for path in _files_below(folder)
         if path not in owned and path != str(folder / PROVIDED_PTH)
     ]
-    running = [path for path in strays if _runs_at_start(Path(path), subject.site_packages)]
+    running = [path for path in strays if runs_at_start(Path(path), subject.site_packages)]
     if running:
         return failed(
             f"{len(running)} files that no package brought change every start of the env's Python.",
@@ -219,11 +205,6 @@ def _files_below(top: Path | str) -> Iterator[str]:
                     yield entry.path
             elif entry.name != "__pycache__":
                 yield from _files_below(entry.path)
-
-
-def _runs_at_start(path: Path, site_packages: tuple[Path, ...]) -> bool:
-    """Whether Python's `site` module reads it: lines of .pth files extend the import path, or are run."""
-    return path.parent in site_packages and (path.suffix == ".pth" or path.name in _RUN_AT_START)
 
 
 def check_scripts(subject: Subject, reporter: Reporter) -> Outcome:
@@ -284,15 +265,23 @@ def check_interpreter(subject: Subject, reporter: Reporter) -> Outcome:
             remedy=f"{subject.remake_env} --python PATH of a Python {made_with}",
         )
     activate = subject.env / "bin" / "activate"
-    named = _ACTIVATED.search(activate.read_text(encoding="utf-8")) if activate.is_file() else None
-    if named and Path(named[1]).resolve() != subject.env.resolve():
+    named = _activated(activate.read_text(encoding="utf-8")) if activate.is_file() else None
+    if named and named.resolve() != subject.env.resolve():
         return warning(
             "The env was moved: its scripts find it, but activating it leads to where it was.",
-            f"{activate}: {named[1]}",
+            f"{activate}: {named}",
             f"it is at {subject.env}",
             remedy=subject.remake_env,
         )
     return ok(f"The env's interpreter is there: Python {now.version}.", *evidence)
+
+
+def _activated(activate: str) -> Path | None:
+    """The env that this text of bin/activate activates; None where it can't be told."""
+    if found := _ACTIVATED.search(activate):
+        with suppress(ValueError):  # older venvs leave quotes in a folder's name as they are
+            return Path("".join(shlex.split(found[1])))
+    return None
 
 
 def check_torch(subject: Subject, reporter: Reporter) -> Outcome:
@@ -347,7 +336,7 @@ CHECKS = (
         "extension modules",
         "whether the env's interpreter imports every extension module that the recipe names",
         check_imports,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
         cost="gpu",
         limit_s=IMPORT_TIMEOUT_S + 10,
     ),

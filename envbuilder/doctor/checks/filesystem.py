@@ -22,9 +22,9 @@ from envbuilder.process import run
 from envbuilder.report import Reporter
 
 MIB = 2**20
-LOCK_TIMEOUT_S = 3
+LOCK_TIMEOUT_S = 8
 """A server whose lock daemon is away keeps even those waiting who asked not to wait."""
-RUN_TIMEOUT_S = 3
+RUN_TIMEOUT_S = 6
 _BUSY_TRIES = 5
 """A program that another check starts in this moment may hold the script open for writing."""
 LOCAL_LOCKS = frozenset(("localflock", "nolock", "local_lock=all", "local_lock=flock"))
@@ -156,7 +156,7 @@ def _unlocked(there: list[Place]) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Speed:
     """How fast a folder takes what is written to it."""
 

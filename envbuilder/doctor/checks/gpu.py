@@ -8,8 +8,10 @@ import shutil
 import socket
 from collections import Counter
 
+from envbuilder.cuda_support import driver_runs, newest_cuda
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
 from envbuilder.doctor.installed import read_torch
+from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
 from envbuilder.gpu import Gpu, GpuState, read_links, read_peer_access
 from envbuilder.process import run
@@ -25,6 +27,9 @@ _LIMIT_S = 90
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _BROKEN = ("Unknown Error", "GPU is lost", "N/A", "Not Found")
 """What nvidia-smi writes where a value should be."""
+_UNHIDE = f"unset {_VISIBLE}; in a job, ask for a GPU: #SBATCH --gres=gpu:1"
+_NONE_THERE = "No CUDA GPUs are available"
+"""What torch says where CUDA works, but has no GPU."""
 
 
 def check_devices(subject: Subject, reporter: Reporter) -> Outcome:
@@ -52,7 +57,7 @@ def check_devices(subject: Subject, reporter: Reporter) -> Outcome:
             f"{_VISIBLE} hides every GPU from CUDA.",
             f"{_VISIBLE}={visible}",
             *evidence,
-            remedy=f"unset {_VISIBLE}; in a job, ask for a GPU: #SBATCH --gres=gpu:1",
+            remedy=_UNHIDE,
         )
     return ok(f"{len(gpus.devices)} GPUs answer.", *evidence)
 
@@ -70,12 +75,21 @@ def _is_broken(gpu: Gpu) -> bool:
     )
 
 
-def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
-    """The driver's CUDA against torch's.
+def sees_no_gpu(consequence: str, problem: str, recipe_file: str) -> Outcome:
+    """The verdict where CUDA has none of the GPUs that nvidia-smi shows. `problem`: torch's words, or ""."""
+    visible = os.environ.get(_VISIBLE)
+    hides = visible is not None and (not problem or _NONE_THERE in problem)
+    return failed(
+        f"CUDA sees no GPU, {consequence}.",
+        f"{_VISIBLE}={'(not set)' if visible is None else visible}",
+        *filter(None, (problem,)),
+        remedy=(_UNHIDE if hides else remedy_for(problem, recipe_file))
+        or f"See why: envbuilder doctor {recipe_file} --only gpu --only libraries",
+    )
 
-    Within a major version an older driver runs newer code, except PTX of the newer one (CUDA Compatibility,
-    "minor version compatibility").
-    """
+
+def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
+    """The driver's CUDA against torch's."""
     served, driver = subject.gpus.cuda, subject.gpus.devices[0].driver
     torch = read_torch(subject.import_path)
     if torch is None:
@@ -88,23 +102,26 @@ def check_driver(subject: Subject, reporter: Reporter) -> Outcome:
             *evidence,
             remedy=f"Name the index with CUDA builds in [index] of {subject.recipe_file}, then: {lock}",
         )
-    if served is None:
+    runs = driver_runs(torch.cuda, driver=driver, served=served)
+    if runs is None:
         return skipped(f"nvidia-smi doesn't say which CUDA driver {driver} serves.")
-    newest, built = version_number(served), version_number(torch.cuda)
-    if newest[0] < built[0]:
+    does = f"The driver serves CUDA {served}" if served else f"The driver is {driver}"
+    if not runs:
+        newest = newest_cuda(driver=driver, served=served)
+        older = f" with CUDA {newest}" if newest else " with an older CUDA"
         return failed(
-            f"The driver serves CUDA {served} at most, and torch is built with CUDA {torch.cuda}.",
+            f"{does}, which is too old for torch, built with CUDA {torch.cuda}.",
             *evidence,
-            remedy=f"Ask for a node with a newer driver, or for a torch built with CUDA {newest[0]} in "
+            remedy=f"Ask for a node with a newer driver, or for a torch built{older} in "
             f"{subject.recipe_file}, then: {lock}",
         )
-    if newest < built:
+    if served and version_number(served) < version_number(torch.cuda):
         return warning(
-            f"The driver serves CUDA {served}; torch's CUDA {torch.cuda} works on it, but for PTX.",
+            f"{does}; torch's CUDA {torch.cuda} works on it, but for PTX.",
             *evidence,
             remedy="Ask for a node with a newer driver where a kernel reports an unsupported PTX version.",
         )
-    return ok(f"The driver serves CUDA {served}, and torch is built with CUDA {torch.cuda}.", *evidence)
+    return ok(f"{does}, and torch is built with CUDA {torch.cuda}.", *evidence)
 
 
 HARDWARE_XIDS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
+from envbuilder.doctor.kernel_defects import DEFECTS, defect_of
 from envbuilder.doctor.scripts import run_script
 from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
@@ -12,26 +14,25 @@ from envbuilder.report import Reporter
 
 KERNEL_PACKAGES = ("causal-conv1d", "mamba-ssm")
 """Packages whose kernels `kernels/` has references for."""
-KERNEL_TIMEOUT_S = 1200
-"""Triton compiles and tunes some hundred kernels for each dtype at their first use: minutes on few cores."""
-FALLBACK_TIMEOUT_S = 180
+KERNEL_TIMEOUT_S = 600
+"""Triton compiles some hundred kernels for each dtype at their first use: a minute or two on few cores."""
+TUNED_TIMEOUT_S = 1800
+"""Tuning compiles each of them in some ten configurations: minutes on 16 cores."""
+FALLBACK_TIMEOUT_S = 300
 """transformers and torch are imported: some seconds, or a minute from a busy shared disk."""
-
-KNOWN_DEFECTS = {
-    "causal_conv1d_fn, short last block": (
-        # csrc/causal_conv1d_bwd.cu of 1.7.0: the elements before a block are loaded only up to index
-        # seqlen - block start, though they lie before it; SiLU's gradient is recomputed from them.
-        "causal-conv1d's gradient of x for channel-first input with SiLU, in the last block of 2048 bytes "
-        "where that holds fewer than 16 bytes",
-        "Nothing for Nemotron-H, whose mixers call it channel-last. In code of your own: channel-last input, "
-        "or a length that is a multiple of 8.",
-    )
-}
-"""Kernels that a right build gets wrong too → what is wrong, and what to do about it."""
 
 
 def check_kernels(subject: Subject, reporter: Reporter) -> Outcome:
     """Compiled kernels, forward and backward, against a float64 reference (kernels/)."""
+    return _check(subject, timeout_s=KERNEL_TIMEOUT_S)
+
+
+def check_tuned_kernels(subject: Subject, reporter: Reporter) -> Outcome:
+    """The same, with Triton's kernels in the configurations that it finds fastest here, as in training."""
+    return _check(subject, "--tuned", timeout_s=TUNED_TIMEOUT_S)
+
+
+def _check(subject: Subject, *options: str, timeout_s: float) -> Outcome:
     packages = kernel_packages(subject)
     if not packages:
         return skipped(f"The env has none of {', '.join(KERNEL_PACKAGES)}.")
@@ -40,11 +41,15 @@ def check_kernels(subject: Subject, reporter: Reporter) -> Outcome:
         subject.python,
         "kernels",
         *packages,
+        *options,
         *(["--one-at-a-time"] if exclusive else []),
-        timeout_s=KERNEL_TIMEOUT_S,
+        timeout_s=timeout_s,
         remedy=subject.rebuild,
+        env=subject.variables,
     )
-    return judge_kernels(report["results"], report["device"] or "the GPU", subject.recipe_file)
+    if why := report.get("absence"):
+        return skipped(f"No GPU is visible to CUDA here, so the kernels can't run: {why}.")
+    return judge_kernels(report["results"], report["device"] or "the GPU", subject.recipe_file, packages)
 
 
 def kernel_packages(subject: Subject) -> list[str]:
@@ -55,10 +60,13 @@ def kernel_packages(subject: Subject) -> list[str]:
     return [name for name in KERNEL_PACKAGES if name in there]
 
 
-def judge_kernels(results: list[dict[str, Any]], device: str, recipe_file: str) -> Outcome:
-    """The verdict on the runs that kernels.py prints: wrong, wrong as is known of the package, or right."""
+def judge_kernels(
+    results: list[dict[str, Any]], device: str, recipe_file: str, packages: Sequence[str]
+) -> Outcome:
+    """The verdict on the runs that kernels/ prints: runs that meet a defect of the source are no failure."""
     wrong = [result for result in results if result["problem"]]
-    known = [result for result in wrong if result["kernel"] in KNOWN_DEFECTS]
+    known = [result for result in wrong if defect_of(result["kernel"])]
+    not_run = [f"not run: {d}" for d in DEFECTS if d.package in packages and d.kernel is None]
     if new := [result for result in wrong if result not in known]:
         return failed(
             f"{len(new)} of {len(results)} kernel runs on {device} are wrong.",
@@ -66,16 +74,18 @@ def judge_kernels(results: list[dict[str, Any]], device: str, recipe_file: str) 
             remedy=remedy_for(new[0]["problem"], recipe_file)
             or f"envbuilder compile {recipe_file} --local --rebuild",
         )
-    if known:
-        defect, remedy = KNOWN_DEFECTS[known[0]["kernel"]]
-        return warning(
-            f"{len(known)} of {len(results)} kernel runs on {device} are wrong as is known: {defect}.",
-            *map(_problem, known[:20]),
-            remedy=remedy,
-        )
+    right = [result for result in results if not result["problem"]]
+    worst = [_worst(kernel, runs) for kernel, runs in _by_kernel(right).items()]
+    summary = f"{len(right)} kernel runs on {device}, forward and backward, agree with float64"
+    if not known:
+        return ok(f"{summary}.", *worst, *not_run)
+    met = dict.fromkeys(filter(None, (defect_of(result["kernel"]) for result in known)))
     return ok(
-        f"{len(results)} kernel runs on {device}, forward and backward, agree with float64.",
-        *(_worst(kernel, runs) for kernel, runs in _by_kernel(results).items()),
+        f"{summary}; {len(known)} don't, in any build: {'; '.join(f'{d.package}: {d.what}' for d in met)}.",
+        *worst,
+        *map(str, met),
+        *map(_problem, known[:3]),
+        *not_run,
     )
 
 
@@ -109,6 +119,7 @@ def check_fallbacks(subject: Subject, reporter: Reporter) -> Outcome:
         *(["--config", str(config)] if config else ["--model-type", DEFAULT_MODEL]),
         timeout_s=FALLBACK_TIMEOUT_S,
         remedy=subject.remake_env,
+        env=subject.variables,
     )
     return judge_fallbacks(report, subject)
 
@@ -160,11 +171,20 @@ CHECKS: tuple[Check, ...] = (
         limit_s=KERNEL_TIMEOUT_S + 10,
     ),
     Check(
+        "gpu.tuned-kernels",
+        "tuned kernels on the GPU",
+        "the same with Triton's tuning, as in training: minutes; run only where it is named by --only",
+        check_tuned_kernels,
+        needs=("recipe", "env", "gpu"),
+        cost="asked",
+        limit_s=TUNED_TIMEOUT_S + 10,
+    ),
+    Check(
         "gpu.fallbacks",
         "transformers' kernels",
         "which kernels transformers uses for the model, and the import errors that it swallows",
         check_fallbacks,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
         cost="gpu",
         limit_s=FALLBACK_TIMEOUT_S + 10,
     ),

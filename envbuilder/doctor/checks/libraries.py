@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import mmap
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from envbuilder.doctor.loading import torch_folder, torch_libraries
 from envbuilder.doctor.subject import Subject
 from envbuilder.linkage import highest_version, loader_cache
 from envbuilder.load_order import Loaded, library_folders
+from envbuilder.modules import again_without, gone
 from envbuilder.report import Reporter
 from envbuilder.shared_object import SharedObject, SharedObjectError
 from envbuilder.target import version_number
@@ -45,7 +45,7 @@ def _check_copies(subject: Subject, names: re.Pattern[str], what: str) -> Outcom
     if not loaded:
         return skipped(f"The torch of the env loads no {what} library.")
     evidence = [_described(library) for library in loaded]
-    evidence += map(_not_loaded, _others(loaded, names=names))
+    evidence += map(_not_loaded, _others(subject, loaded, names=names))
     if wrong := _shadowing(subject, loaded) or _doubled(loaded, names):
         culprits, why = wrong
         return failed(
@@ -84,22 +84,22 @@ def _doubled(loaded: list[Loaded], names: re.Pattern[str]) -> tuple[list[Loaded]
 
 
 def _remedy(subject: Subject, library: Loaded) -> str:
-    match library.through:
-        case "LD_LIBRARY_PATH":
-            folder = library.path.parent
-            return f"Unload the module that puts {folder} into LD_LIBRARY_PATH, or: unset LD_LIBRARY_PATH"
-        case "LD_PRELOAD":
-            return "unset LD_PRELOAD"
+    if library.through == "LD_LIBRARY_PATH":
+        folder = library.path.parent
+        return f"Unload the module that puts {folder} into LD_LIBRARY_PATH, or: unset LD_LIBRARY_PATH"
+    if library.through == "LD_PRELOAD":
+        return "unset LD_PRELOAD"
     is_ours = library.by is not None and library.by.path in subject.extension_files.values()
     return subject.rebuild if is_ours else subject.remake_env
 
 
-def _others(loaded: list[Loaded], *, names: re.Pattern[str]) -> Iterator[Path]:
+def _others(subject: Subject, loaded: list[Loaded], *, names: re.Pattern[str]) -> Iterator[Path]:
     """Copies that LD_LIBRARY_PATH and the loader's cache lead to, and that are not loaded."""
+    library_path = subject.variables.get("LD_LIBRARY_PATH", "")
     cached = {path for name, paths in loader_cache().items() if names.fullmatch(name) for path in paths}
     listed = {
         path
-        for folder in library_folders(os.environ.get("LD_LIBRARY_PATH", ""))
+        for folder in library_folders(library_path)
         for path in folder.glob("lib*.so.*")
         if names.fullmatch(path.name)
     }
@@ -134,15 +134,16 @@ def check_libstdcxx(subject: Subject, reporter: Reporter) -> Outcome:
     library = next((each for each in subject.loaded if each.name == _LIBSTDCXX), None)
     if library is None:
         return skipped("Nothing that torch or the extension modules load needs the C++ library.")
-    others = list(_others([library], names=re.compile(re.escape(_LIBSTDCXX))))
-    evidence = [_described(library), *map(_not_loaded, others)]
+    others = list(_others(subject, [library], names=re.compile(re.escape(_LIBSTDCXX))))
+    brought = _bringing(subject, library)
+    evidence = [f"{_described(library)}{brought}", *map(_not_loaded, others)]
     there = library.file.versions()
     lacking = []
     for user in subject.loaded:
         needed = {need.version for need in user.file.version_needs() if need.library == _LIBSTDCXX}
         if missing := sorted(needed - there, key=_order):
             lacking.append(f"{user.path} needs {missing[-1]}")
-    set_by_user = library.through in ("LD_LIBRARY_PATH", "LD_PRELOAD")
+    set_by_user = library.through in ("LD_LIBRARY_PATH", "LD_PRELOAD") and not brought
     if lacking:
         return failed(
             f"The C++ library that is loaded, {library.path}, is too old for {len(lacking)} others.",
@@ -159,7 +160,18 @@ def check_libstdcxx(subject: Subject, reporter: Reporter) -> Outcome:
     return ok("The C++ library that is loaded has all that is asked of it.", *evidence)
 
 
+def _bringing(subject: Subject, library: Loaded) -> str:
+    """Which of the modules that the env was compiled with brings it, in words; empty where none does."""
+    folder = str(library.path.parent)
+    for module in subject.receipt.modules:
+        if folder in module.folders.get("LD_LIBRARY_PATH", ()):
+            return f", of the module {module.name}, which the env was compiled with"
+    return ""
+
+
 def _newer_libstdcxx(subject: Subject) -> str:
+    for module, _ in gone(subject.receipt.modules):
+        return again_without(module, subject.recipe_file)
     prefix = subject.python.resolve().parents[1]
     return (
         "Load a newer compiler's module, whose libstdc++ is then found first: module avail gcc; or, where "
@@ -194,20 +206,20 @@ CHECKS = (
         "which libcudart, cuBLAS, cuDNN, nvJitLink and others a process with torch and the extension modules "
         "loads: torch's own, or others by LD_LIBRARY_PATH, LD_PRELOAD or RPATH; none twice",
         check_cuda,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "libraries.nccl",
         "NCCL",
         "which libnccl a process with torch loads, of which version, and which others are on the load path",
         check_nccl,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
     Check(
         "libraries.libstdcxx",
         "the C++ library",
         "which libstdc++ a process with torch and the extension modules loads, and whether it is new enough",
         check_libstdcxx,
-        needs=("recipe", "env"),
+        needs=("recipe", "env", "addresses"),
     ),
 )

@@ -41,7 +41,7 @@ print(known, locale.getpreferredencoding(False), sys.getfilesystemencoding())
 _IN_A_JOB = "where a job has the login shell's limits: #SBATCH --propagate=NONE"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Ceiling:
     """A limit of setrlimit(2) below which something breaks."""
 
@@ -58,8 +58,12 @@ class _Ceiling:
     """Below: a warning."""
     breaks: str
     """What the limit does."""
+    of_login_nodes: bool = False
+    """Login nodes set it against those who compile and train on them; what else runs there keeps to it."""
 
 
+TORCH_ADDRESSES = 16 * GIB
+"""A CUDA torch with its libraries maps some 8 GiB, and each thread of its own takes more."""
 _NEVER = 1 << 62
 """No limit at all is enough."""
 CEILINGS = (
@@ -73,6 +77,7 @@ CEILINGS = (
         enough=_NEVER,
         breaks="CUDA reserves as many addresses as the machine and its GPUs have memory, and torch's "
         "libraries some more",
+        of_login_nodes=True,
     ),
     _Ceiling(
         "platform.file-size",
@@ -95,8 +100,14 @@ CEILINGS = (
         enough=_NEVER,
         breaks="a process is killed after that many seconds of CPU time: one unit of a CUDA extension takes "
         "the compiler up to 800, and training takes hours",
+        of_login_nodes=True,
     ),
 )
+
+
+def torch_fits() -> bool:
+    """Whether a process may have the addresses that torch's libraries take."""
+    return _holds(resource.getrlimit(resource.RLIMIT_AS)[0], TORCH_ADDRESSES)
 
 
 def check_ceiling(ceiling: _Ceiling, subject: Subject, reporter: Reporter) -> Outcome:
@@ -105,6 +116,12 @@ def check_ceiling(ceiling: _Ceiling, subject: Subject, reporter: Reporter) -> Ou
     evidence = _shown(ceiling.option, soft, hard, ceiling.unit)
     if _holds(soft, ceiling.enough):
         return ok(f"There is no {ceiling.title.removeprefix('the ')} that matters.", evidence)
+    if ceiling.of_login_nodes and subject.site is not None and not subject.is_in_job:
+        return ok(
+            f"There is a {ceiling.title.removeprefix('the ')} here, as login nodes have it; jobs that "
+            "envbuilder submits don't inherit it.",
+            evidence,
+        )
     verdict = failed if soft < ceiling.least else warning
     return verdict(
         f"There is a {ceiling.title.removeprefix('the ')}: {ceiling.breaks}.",
@@ -191,7 +208,7 @@ def _has_capability(number: int) -> bool:
     return bool(int(capabilities, 16) >> number & 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Memory:
     """In bytes."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from envbuilder.bundle import hash_file
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
 from envbuilder.doctor.checks.inspected import LIMIT_S, MARK, NEEDS, Parts, reads
 from envbuilder.doctor.evidence import shown
-from envbuilder.doctor.former_runs import Speed, former_speed
+from envbuilder.doctor.former_runs import Speed, former_training
 from envbuilder.doctor.subject import Subject
-from envbuilder.lock import MODELS, LockedModel
+from envbuilder.lock import MODELS
+from envbuilder.provided_models import own_copy
 from envbuilder.report import Reporter
 from envbuilder.slurm_time import seconds_of, spoken
 
@@ -64,7 +64,7 @@ def _against_lock(subject: Subject, *, hash_all: bool) -> Outcome:
     if not found.parts["config"]["model"]:
         return skipped(_NO_FILES)
     folder = Path(found.parts["config"]["model"])
-    locked = _locked_model(subject, folder)
+    locked = subject.locked_model(folder)
     if locked is None:
         return skipped(
             f"The lock names no model {folder.name}, so there is nothing to hold {folder} against."
@@ -80,19 +80,14 @@ def _against_lock(subject: Subject, *, hash_all: bool) -> Outcome:
             faults.append(f"{path}: expected sha256 {file.sha256}, got {sha256}")
     if faults:
         return failed(
-            f"{len(faults)} of {len(locked.files)} files of {locked.repo} are not what the lock names.",
-            f"commit {locked.commit}",
+            f"{len(faults)} of {len(locked.files)} files of {locked.name} are not what the lock names.",
+            locked.origin,
             *shown(faults),
             remedy=_bring_again(subject, folder),
         )
     what = "bytes" if hash_all else "sizes"
-    return ok(f"All {len(locked.files)} files of {locked.repo} have the locked {what}.", str(folder))
-
-
-def _locked_model(subject: Subject, folder: Path) -> LockedModel | None:
-    """The lock's model in `folder`: the bundle's own, or a copy in a folder of the same name."""
-    models = subject.lock.models if subject.lock else ()
-    return next((model for model in models if model.name == folder.name), None)
+    right = f"All {len(locked.files)} files of {locked.name} have the locked {what}."
+    return ok(right, str(folder), locked.origin)
 
 
 def _bring_again(subject: Subject, folder: Path) -> str:
@@ -102,7 +97,11 @@ def _bring_again(subject: Subject, folder: Path) -> str:
     fetch = f"envbuilder fetch {subject.recipe_file} --verify"
     if folder.resolve() == bundled.resolve():
         return fetch
-    if _locked_model(subject, folder):
+    model = subject.locked_model(folder)
+    if model and model.name in subject.provided_models:
+        copy = own_copy(subject.recipe.name, model)
+        return f"Ask the owner of {folder} to put the model right (ls -lL {folder}); or {copy}"
+    if model:
         return f"{fetch} && cp -rL {bundled}/. {folder}/"
     return (
         f"ls -l {folder}  # copy the folder again from where it came: rsync -a --checksum SOURCE/ {folder}/"
@@ -241,7 +240,9 @@ def check_memory(subject: Subject, parts: Parts) -> Outcome:
 
 def _gpu_bytes(subject: Subject) -> tuple[int | None, str]:
     """Memory of the smallest GPU that will train; or why it isn't known."""
-    if subject.site and "SLURM_JOB_ID" not in os.environ:
+    if subject.site and not subject.is_in_job:
+        if told := subject.site.train.gpu_memory_bytes:
+            return told, ""
         return None, "what the GPUs of the site's jobs have is not known here"
     sizes = [int(gpu.memory_mib) for gpu in subject.gpus.devices if gpu.memory_mib.isdigit()]
     return (min(sizes) * 2**20, "") if sizes else (None, "there is no GPU here to hold it against")
@@ -257,18 +258,11 @@ def check_steps(subject: Subject, parts: Parts) -> Outcome:
     ]
     if batch:
         return failed(batch["message"], *evidence, remedy=batch["remedy"])
-    speed = None
-    if "memory" in parts:
-        speed = former_speed(
-            subject.root,
-            parameters=parts["memory"]["parameters"],
-            processes=subject.processes,
-            on_cpu=parts["config"]["device"] == "cpu",
-        )
+    former = former_training(subject, parts)
     total = f"{steps['steps']:,} steps, {steps['steps'] * steps['tokens_per_step']:,} tokens"
-    if speed is None:
+    if former is None:
         return ok(f"Training takes {total}; no former run tells how long.", *evidence)
-    seconds = steps["steps"] * steps["tokens_per_step"] / speed.tokens_per_second
+    speed, seconds = former
     evidence.append(f"{speed.run}: {speed.tokens_per_second:,.0f} tokens/s, {spoken(speed.start_s)} to start")
     walltime = seconds_of(subject.site.train.walltime) if subject.site else None
     if walltime is None:
@@ -351,7 +345,7 @@ CHECKS: tuple[Check, ...] = (
         "the tokenizer",
         "whether it opens without a network, and its special tokens",
         check_tokenizer,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
     Check(
@@ -359,7 +353,7 @@ CHECKS: tuple[Check, ...] = (
         "the chat template",
         "whether it renders, and which tokens of a conversation would be trained",
         check_template,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
     Check(
@@ -367,7 +361,7 @@ CHECKS: tuple[Check, ...] = (
         "the model's layers",
         "the model's family, its vocabulary against the tokenizer's, and the layers that LoRA goes on",
         check_layers,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
     Check(
@@ -375,7 +369,7 @@ CHECKS: tuple[Check, ...] = (
         "the memory for training",
         "an estimate from the model's layers, LoRA, batch and sequence length, against the GPU's memory",
         check_memory,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
     Check(
@@ -383,7 +377,7 @@ CHECKS: tuple[Check, ...] = (
         "the steps of the training",
         "their number; with a former run's speed and a site, how many jobs of its walltime they take",
         check_steps,
-        needs=NEEDS,
+        needs=(*NEEDS, "addresses"),
         limit_s=LIMIT_S,
     ),
 )

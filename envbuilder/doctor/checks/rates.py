@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from envbuilder.doctor.check import Check, Outcome, failed, ok, skipped, warning
-from envbuilder.doctor.checks.gpu import ANOTHER_NODE
+from envbuilder.doctor.checks.gpu import ANOTHER_NODE, sees_no_gpu
 from envbuilder.doctor.installed import read_torch
 from envbuilder.doctor.scripts import run_script
-from envbuilder.doctor.signatures import remedy_for
 from envbuilder.doctor.subject import Subject
 from envbuilder.report import Reporter
 
@@ -61,20 +60,18 @@ def check_rates(subject: Subject, reporter: Reporter) -> Outcome:
     if read_torch(subject.import_path) is None:
         return skipped("The env has no torch to measure with.")
     busy = [process.pid for state in subject.gpu_states for process in state.processes]
-    report = run_script(subject.python, "rates.py", timeout_s=_TIMEOUT_S, remedy=ANOTHER_NODE)
-    return judge_rates(report["gpus"], report["peers"], busy, subject.recipe_file)
+    # Whatever keeps it from measuring, it is the env before it is the node.
+    remedy = f"See whether torch works: envbuilder doctor {subject.recipe_file} --only env --only libraries"
+    report = run_script(
+        subject.python, "rates.py", timeout_s=_TIMEOUT_S, remedy=remedy, env=subject.variables
+    )
+    if report["problem"]:
+        return sees_no_gpu("so none can be measured", report["problem"], subject.recipe_file)
+    return judge_rates(report["gpus"], report["peers"], busy)
 
 
-def judge_rates(
-    gpus: list[dict[str, Any]], peers: list[dict[str, Any]], busy: list[str], recipe_file: str
-) -> Outcome:
+def judge_rates(gpus: list[dict[str, Any]], peers: list[dict[str, Any]], busy: list[str]) -> Outcome:
     """The verdict on what rates.py prints, where the processes `busy` were on the GPUs too."""
-    if not gpus:
-        return failed(
-            "CUDA sees no GPU, though nvidia-smi does.",
-            remedy=remedy_for("no CUDA-capable device is detected", recipe_file)
-            or "unset CUDA_VISIBLE_DEVICES, and see envbuilder doctor --only gpu.devices",
-        )
     evidence = [line for gpu in gpus for line in _described(gpu)] + [_pair(peer) for peer in peers]
     if busy:
         evidence.append(f"other processes were on the GPUs: {', '.join(busy)}")
@@ -116,7 +113,7 @@ def _slow_ones(gpus: list[dict[str, Any]]) -> list[tuple[str, float]]:
     """What is slow, in words, and how slow: 1.0 is what should be reached."""
     slow = []
     for gpu in gpus:
-        known = dict(zip(_REACHED, known_rates(gpu["name"]) or (), strict=False))
+        known = dict(zip(_REACHED, known_rates(gpu["name"]) or ()))
         for quantity, sheet in known.items():
             expected = _REACHED[quantity] * sheet
             if gpu[quantity] < _SLOW * expected:

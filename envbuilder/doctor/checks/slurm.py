@@ -29,6 +29,7 @@ from envbuilder.slurm_queries import (
 )
 from envbuilder.slurm_time import seconds_of, slurm_time
 
+_NO_PARTITION = "The site {} names no partition: the cluster chooses it."
 _NO_CLUSTER = "Could not establish a configuration source"
 """What its commands say where there is neither a slurm.conf nor a controller that hands one out."""
 _SUBMIT_TIMEOUT_S = 30.0
@@ -78,8 +79,12 @@ def check_controller(subject: Subject, reporter: Reporter) -> Outcome:
 
 def check_partition(site: Site) -> Outcome:
     """The partitions of [build] and [train]: there, up, open to this user, and long enough."""
+    if not any(spec.partition for _, spec in _sections(site)):
+        return skipped(_NO_PARTITION.format(site.name))
     faults, evidence = [], []
     for section, spec in _sections(site):
+        if spec.partition is None:
+            continue
         facts = partition_facts(spec.partition)
         if facts is None:
             faults.append(f"{section}: there is no partition {spec.partition}")
@@ -143,11 +148,12 @@ def check_account(site: Site) -> Outcome:
     faults = []
     for section, spec in _sections(site):
         account = _account(spec) or next((one.account for one in mine if one.is_default), None)
-        evidence.append(f"{section}: account {account or 'none'}, partition {spec.partition}")
+        where = spec.partition or "the cluster's own partition"
+        evidence.append(f"{section}: account {account or 'none'}, {where}")
         if account is None:
             faults.append(f"{section}: no account is named, and {user} has no default one")
-        elif not any(one.account == account and one.partition in ("", spec.partition) for one in mine):
-            faults.append(f"{section}: {user} may not use the account {account} in {spec.partition}")
+        elif not any(one.account == account and _is_for(one.partition, spec) for one in mine):
+            faults.append(f"{section}: {user} may not use the account {account} in {where}")
     if faults:
         return failed(
             f"{'; '.join(faults)}.",
@@ -156,6 +162,11 @@ def check_account(site: Site) -> Outcome:
             "listed by: sacctmgr show associations user=$USER format=account%24,partition,qos%40",
         )
     return ok("The site's accounts are this user's.", *evidence)
+
+
+def _is_for(partition: str, spec: JobSpec) -> bool:
+    """Whether an account that is given for `partition` ("": for all) may serve `spec`."""
+    return spec.partition is None or partition in ("", spec.partition)
 
 
 def check_qos(site: Site) -> Outcome:
@@ -203,7 +214,7 @@ def _too_much(spec: JobSpec, limits: Mapping[str, str]) -> Iterator[str]:
     for name, amount in wanted.items():
         if limits.get(name, "").isdigit() and amount > int(limits[name]):
             yield f"{name}={limits[name]}, not {amount}"
-    if "mem" in limits and _mebibytes(spec.memory) > _mebibytes(limits["mem"]):
+    if "mem" in limits and spec.memory and _mebibytes(spec.memory) > _mebibytes(limits["mem"]):
         yield f"mem={limits['mem']}, not {spec.memory}"
 
 
@@ -215,8 +226,12 @@ def _mebibytes(text: str) -> float:
 
 def check_nodes(site: Site) -> Outcome:
     """Whether a node of the partition has the CPUs, memory and GPUs, as the site asks for them."""
+    if not any(spec.partition for _, spec in _sections(site)):
+        return skipped(_NO_PARTITION.format(site.name))
     faults, waits, evidence = [], [], []
     for section, spec in _sections(site):
+        if spec.partition is None:
+            continue
         nodes = partition_nodes(spec.partition)
         if not nodes:
             faults.append(f"{section}: the partition {spec.partition} has no nodes")
@@ -229,7 +244,7 @@ def check_nodes(site: Site) -> Outcome:
         elif all(_NO_WORK.match(node.state) for node in fitting):
             waits.append(f"{section}: all nodes of {spec.partition} that would do are down or drained")
     if faults:
-        partitions = ",".join(dict.fromkeys(spec.partition for _, spec in _sections(site)))
+        partitions = ",".join(dict.fromkeys(spec.partition for _, spec in _sections(site) if spec.partition))
         return failed(
             f"{'; '.join(faults)}.",
             *evidence,
@@ -243,12 +258,14 @@ def check_nodes(site: Site) -> Outcome:
 
 def _fits(spec: JobSpec, node: PartitionNode) -> bool:
     gpus = node.gpus.get(spec.gpu_type, 0) if spec.gpu_type else sum(node.gpus.values())
-    return node.cpus >= spec.cpus and node.memory_mb >= _mebibytes(spec.memory) and gpus >= spec.gpus
+    memory_mb = _mebibytes(spec.memory) if spec.memory else 0
+    return node.cpus >= spec.cpus and node.memory_mb >= memory_mb and gpus >= spec.gpus
 
 
 def _wanted_words(spec: JobSpec) -> str:
     gpus = f" and {spec.gpus} GPUs{f' of type {spec.gpu_type}' if spec.gpu_type else ''}" if spec.gpus else ""
-    return f"{spec.cpus} CPUs, {spec.memory} of memory{gpus}"
+    memory = f", {spec.memory} of memory" if spec.memory else ""
+    return f"{spec.cpus} CPUs{memory}{gpus}"
 
 
 def _node_words(node: PartitionNode) -> str:
@@ -262,8 +279,8 @@ def check_submission(site: Site) -> Outcome:
     full: list[str] = []
     evidence: list[str] = []
     for section, spec in _sections(site):
-        options = [f"--{name}={value}" for name, value in spec.sbatch_options.items()]
-        tried = run(["sbatch", "--test-only", *options, "--wrap=true"], timeout_s=_SUBMIT_TIMEOUT_S)
+        words = ["sbatch", "--test-only", *spec.sbatch_words, "--wrap=true"]
+        tried = run(words, timeout_s=_SUBMIT_TIMEOUT_S)
         said = re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", tried.output.strip(), flags=re.M)
         evidence += [f"{section}: {line}" for line in said.splitlines()]
         if tried.timed_out:

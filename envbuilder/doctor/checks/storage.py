@@ -161,7 +161,7 @@ def check_caches(subject: Subject, reporter: Reporter) -> Outcome:
             *evidence,
             remedy=f"Free space there, or: export {elsewhere}",
         )
-    if shared and (subject.gpus.devices or "SLURM_JOB_ID" in os.environ):
+    if shared and (subject.gpus.devices or subject.is_in_job):
         return warning(
             "What kernels are compiled into lies on a disk that other nodes write to as well.",
             *evidence,

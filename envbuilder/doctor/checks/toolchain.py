@@ -19,7 +19,7 @@ from envbuilder.model import BuildReceipt
 from envbuilder.process import run
 from envbuilder.report import Reporter
 from envbuilder.target import python_versions, target_for
-from envbuilder.toolchain import check_toolkit, find_host_compiler, system_toolkit
+from envbuilder.toolchain import check_toolkit, find_host_compiler, older_than_torch, system_toolkit
 from envbuilder.wheelhouse import all_built
 
 _COMPILE_TIMEOUT_S = 60
@@ -60,6 +60,7 @@ def check_cuda(subject: Subject, reporter: Reporter) -> Outcome:
         toolkit = system_toolkit(os.environ)
         check_toolkit(toolkit, torch.cuda, cuda.compute_capabilities)
         evidence.append(f"{toolkit.nvcc}: CUDA {toolkit.version}")
+        evidence += filter(None, [older_than_torch(toolkit, torch.cuda)])
     for receipt in _build_receipts(subject):
         evidence.append(f"{receipt.package}: compiled by nvcc {receipt.nvcc} for torch {receipt.torch}")
         if receipt.nvcc and receipt.nvcc.split(".")[0] != str(torch.cuda).split(".")[0]:
@@ -73,7 +74,7 @@ def check_cuda(subject: Subject, reporter: Reporter) -> Outcome:
             remedy=f"envbuilder compile {subject.recipe_file} --local --rebuild "
             f"&& envbuilder install {subject.recipe_file}",
         )
-    return ok(f"nvcc's CUDA is that of torch ({torch.cuda}).", *evidence)
+    return ok(f"nvcc's CUDA has the major version of torch's ({torch.cuda}).", *evidence)
 
 
 def check_host(subject: Subject, reporter: Reporter) -> Outcome:

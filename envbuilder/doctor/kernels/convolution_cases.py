@@ -29,7 +29,7 @@ def training(dtype: torch.dtype) -> Iterator[Case]:
         inputs = {"x": x.contiguous() if layout == "channel-first" else x, **_parameters(width, weight_dtype)}
         if layout.endswith("seq_idx"):
             inputs["seq_idx"] = documents(batch, length)
-        # checks/kernels.py, KNOWN_DEFECTS: a thread takes 16 bytes, a block of 128 threads 2048, in one turn.
+        # kernel_defects.py: a thread takes 16 bytes, a block of 128 threads 2048, in one turn.
         short = 0 < length * dtype.itemsize % 2048 < 16 and layout == "channel-first" and activation
         yield Case(
             "causal_conv1d_fn, short last block" if short else "causal_conv1d_fn",

@@ -60,6 +60,26 @@ def poison_free_memory(device: torch.device) -> None:
     del small, large
 
 
+def without_tuning() -> None:
+    """Leaves each of Triton's tuned kernels that is defined from now on its smallest configuration."""
+    try:
+        import triton
+    except ImportError:  # a torch without it; kernels that need it say so
+        return
+    tuned = triton.autotune
+
+    def footprint(configuration: Any) -> int:
+        """Elements in flight: what block sizes and pipelining make a kernel hold."""
+        sizes = [int(size) for name, size in configuration.kwargs.items() if name.startswith("BLOCK_SIZE")]
+        return math.prod(sizes) * int(configuration.num_stages)
+
+    def autotune(configs: list[Any], *rest: Any, **options: Any) -> Callable[..., Any]:
+        decorate: Callable[..., Any] = tuned([min(configs, key=footprint)], *rest, **options)
+        return decorate
+
+    triton.autotune = autotune
+
+
 def relative_error(got: Tensor, reference: Tensor) -> float:
     """max|got - reference| / max|reference|; infinity where `got` is not finite everywhere."""
     if got.shape != reference.shape or not bool(torch.isfinite(got).all()):

@@ -29,21 +29,25 @@ def real(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def imaginary(dtype: torch.dtype) -> Iterator[Case]:
-    """Complex A, B and C: at every step, and constant."""
-    batch, dim, state, length = 2, 64, 8, 256
+    """Complex A, B and C: at every step, in one block and in several, and constant.
+
+    One group of B and C: for several the backward kernel writes past the end (kernel_defects.py).
+    """
+    batch, dim, state = 2, 64, 8
     A = torch.complex(random((dim, state), 23, low=-1.0, high=-0.1), random((dim, state), 29))
-    at_every_step = {
-        "A": A,
-        "B": random((batch, 2, state, 2 * length), 24).to(dtype),
-        "C": random((batch, 2, state, 2 * length), 25).to(dtype),
-    }
+    for length in (256, 2100):
+        at_every_step = {
+            "A": A,
+            "B": random((batch, 1, state, 2 * length), 24).to(dtype),
+            "C": random((batch, 1, state, 2 * length), 25).to(dtype),
+        }
+        yield _scan(dtype, "complex", length, at_every_step, gated=True)
     constant = {
         "A": A,
         "B": torch.complex(random((dim, state), 24), random((dim, state), 124)),
         "C": torch.complex(random((dim, state), 25), random((dim, state), 125)),
     }
-    yield _scan(dtype, "complex, 2 groups", length, at_every_step, gated=True)
-    yield _scan(dtype, "complex, constant B and C", length, constant, gated=False)
+    yield _scan(dtype, "complex, constant B and C", 256, constant, gated=False)
 
 
 def _scan(dtype: torch.dtype, label: str, length: int, given: dict[str, Tensor], *, gated: bool) -> Case:
