@@ -43,7 +43,7 @@ _NO_SOLUTION = "No solution found"
 _DAMAGED = "has an invalid package format"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ClosureFact:
     """One environment that a bundle is enough for."""
 
@@ -54,7 +54,7 @@ class ClosureFact:
     """Package → version, as resolved: the lock's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Need:
     """One requirement that an environment must meet."""
 

@@ -20,9 +20,11 @@ from envbuilder import __version__
 from envbuilder.requirements import trainer_requires
 
 _TAG = "py3-none-any"
+_TRAINER_PYTHON = ">=3.11"
+"""It runs in the env, whose Python is newer than the tool's may be."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedWheel:
     """A wheel in memory."""
 
@@ -52,7 +54,7 @@ def pack_trainer() -> PackedWheel:
         "Name: envbuilder-trainer",
         f"Version: {__version__}",
         "Summary: The trainer that envbuilder installs into the environments it makes.",
-        f"Requires-Python: {distribution('envbuilder').metadata['Requires-Python']}",
+        f"Requires-Python: {_TRAINER_PYTHON}",
         "License-Expression: Apache-2.0",
         *(f"Requires-Dist: {requirement}" for requirement in trainer_requires()),
     ]

@@ -16,19 +16,22 @@ from envbuilder.build_downloads import downloads_of, report_downloads
 from envbuilder.bundle import RECIPE, RECORD, START, TOOL, check_folders
 from envbuilder.errors import MismatchError
 from envbuilder.fetch.closure import prove_closure
-from envbuilder.fetch.files import bring_files, plan_files, read_stamps, write_stamps
+from envbuilder.fetch.files import Plan, bring_files, plan_files, read_stamps, write_stamps
+from envbuilder.fetch.provided import verify_provided
 from envbuilder.fetch.selfpack import pack_tool, pack_trainer
-from envbuilder.fetch.wanted import Origins, wanted_files
+from envbuilder.fetch.wanted import Origins, Wanted, wanted_files
+from envbuilder.hash_record import HashRecord
 from envbuilder.lock import SourceLock, lock_filename
 from envbuilder.model import Bundle, BundleRecord
 from envbuilder.paths import Root
+from envbuilder.provided_models import models_of_recipe
 from envbuilder.recipe import Recipe
 from envbuilder.report import Reporter
 from envbuilder.store import Store
 from envbuilder.target import target_for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FetchReport:
     """What a fetch did."""
 
@@ -60,11 +63,51 @@ def fetch_bundle(
     What is in place already is not transferred, nor read if it is as the last fetch left it; `verify` reads
     everything and mends what is wrong. Before the bundle counts as complete, its files alone are shown to be
     enough for every build. Raises IntegrityError, NetworkError, MismatchError (no room on the disk, no file
-    for this Python, files that don't suffice); the same call again then goes on from what is there.
+    for this Python, files that don't suffice, a model that is not where it is provided); the same call again
+    then goes on from what is there.
     """
     begin = time.monotonic()
+    files = wanted_files(recipe, lock, target_for(lock.target, python), origins)
+    reporter.stage(f"fetching {len(files)} files of {recipe.name}")
+    plan = plan_bundle(recipe, files, root=root, reporter=reporter, verify=verify)
+    return complete_bundle(
+        recipe, lock, files, plan, root=root, python=python, reporter=reporter, begin=begin, verify=verify
+    )
+
+
+def plan_bundle(
+    recipe: Recipe, files: tuple[Wanted, ...], *, root: Root, reporter: Reporter, verify: bool = False
+) -> Plan:
+    """What the bundle of `recipe` lacks of `files`; `verify` reads also what is as the last fetch left it."""
+    folder = root.bundle(recipe.name)
+    check_folders(folder)
+    _check_links(folder)
+    stamps = {} if verify else read_stamps(_stamps(root, recipe))
+    return plan_files(files, folder, Store(root.store), stamps, _hashed(root, recipe), reporter)
+
+
+def complete_bundle(
+    recipe: Recipe,
+    lock: SourceLock,
+    files: tuple[Wanted, ...],
+    plan: Plan,
+    *,
+    root: Root,
+    python: str,
+    reporter: Reporter,
+    begin: float,
+    verify: bool = False,
+) -> FetchReport:
+    """Carries out `plan` (plan_bundle), where `files` are what `lock` names for `python`: see fetch_bundle.
+
+    `begin`: time.monotonic() of the command's start. `verify` reads also those files of provided models that
+    are as the last fetch found them.
+    """
     target = target_for(lock.target, python)
-    files = wanted_files(recipe, lock, target, origins)
+    provided = models_of_recipe(recipe, lock.models)
+    kept = {} if verify else read_stamps(_stamps(root, recipe))
+    hashed = _hashed(root, recipe)
+    provided_stamps = verify_provided(provided, recipe.name, kept, hashed, reporter)
     tool, trainer = pack_tool(), pack_trainer() if recipe.trainer else None
     recipe_toml, start = _recipe_toml(recipe).encode(), Path(__file__).with_name("start.py").read_bytes()
     record = BundleRecord(
@@ -79,6 +122,7 @@ def fetch_bundle(
         tool_files=tuple(sorted(file.filename for file in lock.select(target, ("tool",)))),
         trainer_wheel=trainer.filename if trainer else None,
         trainer_sha256=trainer.sha256 if trainer else None,
+        provided_models={one.model.name: str(one.folder) for one in provided},
     )
     folder = root.bundle(recipe.name)
     contents = {
@@ -88,19 +132,15 @@ def fetch_bundle(
         **{folder / TOOL / wheel.filename: wheel.content for wheel in (tool, trainer) if wheel},
     }
     record_file, record_bytes = folder / RECORD, f"{record.model_dump_json(indent=2)}\n".encode()
-    store, stamps = Store(root.store), root.cache / "fetch" / f"{recipe.name}.json"
+    store = Store(root.store)
 
-    check_folders(folder)
-    _check_links(folder)
-    reporter.stage(f"fetching {len(files)} files of {recipe.name}")
-    plan = plan_files(files, folder, store, {} if verify else read_stamps(stamps), reporter)
     stale = [path for path, content in contents.items() if not _has(path, content)]
     strange = _others(folder, {*(folder / file.path for file in files), *contents, record_file})
     if plan.store or plan.origin or stale or strange or not _has(record_file, record_bytes):
         with writing(folder, 0):
             make_folder(folder)
             record_file.unlink(missing_ok=True)
-        bring_files(plan, folder, store, reporter)
+        bring_files(plan, folder, store, hashed, reporter)
         for path in stale:
             write_atomically(path, contents[path])
         for path in strange:
@@ -112,7 +152,8 @@ def fetch_bundle(
             report_downloads(recipe, downloads_of(recipe, lock, folder, python=python), reporter)
         write_atomically(record_file, record_bytes)
     with suppress(MismatchError):  # they save time; a complete bundle needs no place to write to
-        write_stamps(stamps, files, folder)
+        write_stamps(_stamps(root, recipe), files, folder, provided_stamps)
+    hashed.remove()
     store.tidy()
     return FetchReport(
         # Not read back: another fetch of this bundle may be about to write the same record again.
@@ -134,6 +175,15 @@ def _check_links(folder: Path) -> None:
                 remedy=f"rm {path}, or to keep bundles on another disk: envbuilder --root FOLDER",
                 context={"folder": path, "leads to": path.resolve()},
             )
+
+
+def _stamps(root: Root, recipe: Recipe) -> Path:
+    return root.cache / "fetch" / f"{recipe.name}.json"
+
+
+def _hashed(root: Root, recipe: Recipe) -> HashRecord:
+    """What a fetch that was cut off has hashed or brought; the stamps tell of one that came to its end."""
+    return HashRecord.where_needed(root.cache / "fetch" / f"{recipe.name}.hashed")
 
 
 def _recipe_toml(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from envbuilder.lock import (
     LockedPatch,
     SourceLock,
 )
+from envbuilder.provided_models import models_of_recipe
 from envbuilder.recipe import Recipe
 from envbuilder.target import Target
 
@@ -36,7 +37,7 @@ Fill = Callable[[Path, OnBytes], None]
 """Writes a file's bytes to a path that may hold a beginning of them, and answers for their size and hash."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Wanted:
     """One file that a lock names, at its place in a bundle."""
 
@@ -48,7 +49,7 @@ class Wanted:
     fill: Fill
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Origins:
     """Where files come from."""
 
@@ -65,14 +66,37 @@ def wanted_files(recipe: Recipe, lock: SourceLock, target: Target, origins: Orig
     return tuple(_wanted(recipe, lock, target, origins))
 
 
+def stored_files(recipe: Recipe, lock: SourceLock, target: Target, recipe_folder: Path) -> tuple[Wanted, ...]:
+    """The same files, and nobody is asked: whoever fills another one than a patch is told that it is gone."""
+    patches = {patch.path for patch in lock.patches}
+    offline = Origins(indexes={}, client=httpx.Client(), hub=None, recipe_folder=recipe_folder)
+    return tuple(
+        file if file.path in patches else replace(file, fill=_gone(file.path))
+        for file in _wanted(recipe, lock, target, offline)
+    )
+
+
 def _wanted(recipe: Recipe, lock: SourceLock, target: Target, origins: Origins) -> Iterator[Wanted]:
     for file in lock.select(target, GROUPS):
         fill = _from_git(recipe, lock, file) if file.index is None else _from_index(file, origins)
         yield Wanted(f"{FILES}/{file.filename}", file.size, file.sha256, fill)
+    provided = {one.model.name for one in models_of_recipe(recipe, lock.models)}
     for model in lock.models:
-        yield from _of_model(model, origins)
+        if model.name not in provided:
+            yield from _of_model(model, origins)
     for patch in lock.patches:
         yield Wanted(patch.path, patch.size, patch.sha256, _from_folder(recipe, patch, origins.recipe_folder))
+
+
+def _gone(path: str) -> Fill:
+    def fill(part: Path, on_bytes: OnBytes) -> None:
+        raise MismatchError(
+            f"Another process has removed {path} from the store meanwhile.",
+            remedy="Run the same command again.",
+            context={"file": path},
+        )
+
+    return fill
 
 
 def _from_index(file: LockedFile, origins: Origins) -> Fill:
