@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envbuilder.errors import EnvbuilderError, InputError, MismatchError, StoppedError, TrainingError
+from envbuilder.slurm_time import spoken
 from envbuilder.train.supervision import Ended
 
 _TAIL_BYTES = 64 * 1024
@@ -34,9 +35,26 @@ class _Outcome(BaseModel):
     status: Literal["finished", "stopped", "failed"]
     exit_code: int
     error: _Failure | None = None
+    jobs_left: int | None = None
+    """Jobs like this one that the rest is expected to take."""
+    seconds_left: float | None = None
+    """That the rest is expected to take."""
+    job_seconds: float | None = None
+    """Length of this job."""
+
+    @property
+    def rest(self) -> str:
+        """What is left of a run that was stopped, in a sentence; empty where nobody knows."""
+        if self.seconds_left is None:
+            return ""
+        jobs = ""
+        if self.jobs_left:
+            length = f"of {spoken(self.job_seconds)}" if self.job_seconds else "like this one"
+            jobs = f": about {self.jobs_left} more job{'s' if self.jobs_left > 1 else ''} {length}"
+        return f" About {spoken(self.seconds_left)} of training are left{jobs}."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Death:
     """What a signal that ended a process most often means."""
 
@@ -69,6 +87,14 @@ _DEATHS: dict[int, _Death] = {
 }
 
 
+def has_finished(run: Path) -> bool:
+    """Whether the run in the folder `run` came to its end."""
+    try:
+        return _Outcome.model_validate_json((run / "outcome.json").read_bytes()).status == "finished"
+    except (OSError, ValueError):
+        return False
+
+
 def conclude(run: Path, recipe_name: str, ended: Ended) -> dict[str, Any]:
     """What `outcome.json` says of a run that finished; every other end is raised as its typed error."""
     try:
@@ -90,9 +116,11 @@ def _with_outcome(run: Path, recipe_name: str, outcome: _Outcome, ended: Ended) 
         return _without_outcome(run, recipe_name, ended)
     if outcome.error is None:
         ending = "stopped in good order" if kind is StoppedError else "failed, and gave no reason"
-        return kind(f"The run {run.name} {ending}.", remedy=_GO_ON, context=facts)
+        return kind(f"The run {run.name} {ending}.{outcome.rest}", remedy=_GO_ON, context=facts)
     return kind(
-        outcome.error.message, remedy=outcome.error.remedy, context={**outcome.error.context, **facts}
+        outcome.error.message + (outcome.rest if kind is StoppedError else ""),
+        remedy=outcome.error.remedy,
+        context={**outcome.error.context, **facts},
     )
 
 

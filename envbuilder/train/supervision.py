@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from envbuilder.errors import TrainingError, UsageError
+from envbuilder.progress_file import ProgressFile
 from envbuilder.report import Reporter
+from envbuilder.train.metrics import RunMetrics
 
 RUN_VARIABLE = "ENVBUILDER_RUN"
 """Every process of a run carries the run's folder in this variable, and is found by it whoever started it."""
@@ -27,7 +28,7 @@ _POLL_S = 0.2
 _KILL_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ended:
     """The launcher has ended, and so have all processes of the run."""
 
@@ -36,10 +37,22 @@ class Ended:
     log: Path
     log_start: int
     """Where in `log` this part of the run begins, in bytes: a run that goes on appends to it."""
+    stopped_by_hand: bool = False
+    """Somebody wanted it to end: SIGINT or SIGTERM came, or RUN/stop was made, and no SIGUSR1 before."""
 
 
-def supervise(argv: Sequence[str], env: Mapping[str, str], *, run: Path, reporter: Reporter) -> Ended:
+def supervise(
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    run: Path,
+    reporter: Reporter,
+    progress: ProgressFile | None = None,
+    on_first_step: Callable[[], None] = lambda: None,
+) -> Ended:
     """Runs `argv` as the run in the folder `run`, until it ends or has been told to stop and ends.
+
+    `progress` is told of each step too. `on_first_step` is called once, after the first step of this part.
 
     SIGINT, SIGTERM and SIGUSR1 become the file RUN/stop; a second SIGINT ends everything at once.
     Must be called in the main thread, where Python handles signals.
@@ -55,7 +68,7 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], *, run: Path, reporte
     for name in ("stop", "outcome.json"):  # An earlier part of the run left them.
         (run / name).unlink(missing_ok=True)
     log = run / "log.txt"
-    metrics = _Metrics(run / "metrics.jsonl")
+    metrics = RunMetrics(run / "metrics.jsonl", run.name, reporter, progress, on_first_step)
     with _stop_file_at_signals(run) as received, log.open("ab") as sink:
         log_start = sink.tell()
         process = subprocess.Popen(
@@ -68,28 +81,31 @@ def supervise(argv: Sequence[str], env: Mapping[str, str], *, run: Path, reporte
             start_new_session=True,
         )
         try:
-            _follow(process, run, metrics, received, reporter)
+            asked = _follow(process, run, metrics, received, reporter)
         finally:
             _end_processes(run)
             process.wait()
-    return Ended(process.returncode, log, log_start)
+    by_hand = received[0] is not signal.SIGUSR1 if received else asked
+    return Ended(process.returncode, log, log_start, by_hand)
 
 
 def _follow(
     process: subprocess.Popen[bytes],
     run: Path,
-    metrics: _Metrics,
+    metrics: RunMetrics,
     received: list[signal.Signals],
     reporter: Reporter,
-) -> None:
-    told = False
+) -> bool:
+    """Returns once it has ended: whether RUN/stop was seen, whoever made it."""
+    told = asked = False
     outcome_seen: float | None = None
     while True:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=_POLL_S)
-        metrics.report(reporter)
+        metrics.look()
+        asked = asked or (run / "stop").exists()
         if process.returncode is not None:
-            return
+            return asked
         if received and not told:
             told = True
             reporter.note(f"{received[0].name}: stopping at the next step, with a checkpoint")
@@ -103,7 +119,7 @@ def _follow(
             outcome_seen = time.monotonic()
         if outcome_seen is not None and time.monotonic() - outcome_seen > LINGER_S:
             reporter.warn(f"the processes of {run.name} did not end by themselves, and were killed")
-            return
+            return asked
 
 
 @contextmanager
@@ -121,41 +137,6 @@ def _stop_file_at_signals(run: Path) -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Metrics:
-    """The lines that come into metrics.jsonl from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = path.stat().st_size if path.exists() else 0
-        self._unfinished = b""
-
-    def report(self, reporter: Reporter) -> None:
-        """Tells `reporter` of the last step in the lines that are new."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._position)
-                *lines, self._unfinished = (self._unfinished + file.read()).split(b"\n")
-                self._position = file.tell()
-        except FileNotFoundError:
-            return
-        for line in reversed(lines):
-            step = _step(line)
-            if step is not None:
-                reporter.progress("training", *step, "steps")
-                return
-
-
-def _step(line: bytes) -> tuple[int, int] | None:
-    """Step and number of steps, where the line is about a step."""
-    try:
-        match json.loads(line):
-            case {"kind": "step", "step": int(step), "steps": int(steps)}:
-                return step, steps
-    except ValueError:  # The end of a line that a killed run never finished.
-        pass
-    return None
 
 
 def processes_of(run: Path) -> list[int]:
