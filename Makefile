@@ -9,12 +9,14 @@ BIN = $(VENV)/bin
 ENV_PYTHON = $(ROOT)/envs/quickstart/bin/python
 # The trainer is tested and type-checked in the built env; pytest and stubs, which it hasn't, come from here.
 TEST_SITE = .cache/test-site
+# What the tests of the curves read them with; the env's own packages come before.
+TEST_VIEWERS = .cache/test-viewers
 
 export ENVBUILDER_TEST_ROOT = $(ROOT)
 # uv trusts whom the machine trusts, as pip and the tool do.
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: run test env lint test-unit test-trainer test-lab check-machine clean
+.PHONY: run test env dist lint test-unit test-trainer test-lab check-machine clean
 
 run: $(VENV)/ready
 	$(BIN)/envbuilder --root $(ROOT) pipeline recipes/quickstart.toml \
@@ -29,21 +31,25 @@ lint: $(VENV)/ready $(TEST_SITE)/ready env
 	PYTHONPATH=$(TEST_SITE) $(BIN)/mypy --strict --python-executable $(ENV_PYTHON) trainer
 
 test-unit: env
-	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab
+	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab -n 2
 
-test-trainer: $(TEST_SITE)/ready env
+test-trainer: $(TEST_SITE)/ready $(TEST_VIEWERS)/ready env
 	# One thread a process: two processes on two cores, as under torchrun.
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer
 
-# Needs root and the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2.
+# Needs root and the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2 squashfs-tools squashfuse lmod.
 test-lab: $(VENV)/ready
-	$(BIN)/python -m pytest tests/lab
+	$(BIN)/python -m pytest tests/lab --durations=15
 
 # The quickstart env: a second time it costs seconds.
 env: $(VENV)/ready
 	$(BIN)/envbuilder --root $(ROOT) lock --check recipes/quickstart.toml
 	$(BIN)/envbuilder --root $(ROOT) fetch recipes/quickstart.toml
 	$(BIN)/envbuilder --root $(ROOT) compile recipes/quickstart.toml
+
+# One file that brings all that the tool needs, for machines that have nothing but Python (docs/one-file.md).
+dist: $(VENV)/ready
+	$(BIN)/python onefile/make.py dist/envbuilder.pyz
 
 # The machine's own pip settings must not choose the tool's packages: --isolated keeps only the index.
 $(VENV)/ready: pyproject.toml | check-machine
@@ -54,6 +60,10 @@ $(VENV)/ready: pyproject.toml | check-machine
 
 $(TEST_SITE)/ready: $(VENV)/ready
 	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --target $(TEST_SITE) pytest types-pyyaml
+	touch $@
+
+$(TEST_VIEWERS)/ready: $(VENV)/ready
+	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --target $(TEST_VIEWERS) tensorboard wandb
 	touch $@
 
 check-machine:

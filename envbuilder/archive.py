@@ -17,7 +17,7 @@ LARGEST = 4 << 30
 """Bytes that they may add up to: an archive that claims more is a bomb."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ArchiveMember:
     """One file, folder or link of an archive."""
 

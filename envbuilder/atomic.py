@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -131,6 +132,18 @@ def refuse_world_writable(folder: Path) -> None:
             remedy=f"chmod o-w {folder}",
             context={"folder": folder, "mode": stat.filemode(mode)},
         )
+
+
+@contextmanager
+def scratch_folder(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `folder`, this user's alone, that goes with the block. What can't be removed stays."""
+    scratch = tempfile.TemporaryDirectory(prefix=prefix, dir=folder)
+    try:
+        yield Path(scratch.name)
+    finally:
+        with suppress(OSError):
+            scratch.cleanup()  # what a build made read-only too, up to the first refusal
+        shutil.rmtree(scratch.name, ignore_errors=True)
 
 
 @contextmanager

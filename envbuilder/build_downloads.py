@@ -23,7 +23,7 @@ _SHOWN = 3
 """Places that one message names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JudgedDownload:
     """A `BuildDownload` of one package of a lock, as the recipe has it."""
 

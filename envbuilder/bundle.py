@@ -75,7 +75,7 @@ def copy_verified(
     `remedy` is for files that are not a bundle's; the default fetches the bundle again.
     """
     with new_file(destination, size=size, durable=False) as copy, source.open("rb") as file:
-        found = _hash(file, copy.write)
+        found = hash_open(file, also=copy.write)
         if found != sha256:
             # ROOT/bundles/NAME/files/FILE
             fetch = f"envbuilder fetch recipes/{source.absolute().parents[1].name}.toml --verify"
@@ -85,11 +85,12 @@ def copy_verified(
 def hash_file(path: Path) -> str:
     """The sha256 of the bytes of `path`, in hexadecimal."""
     with path.open("rb") as file:
-        return _hash(file, lambda _: 0)
+        return hash_open(file)
 
 
-def _hash(file: BinaryIO, also: Callable[[bytes], int]) -> str:
-    digest = hashlib.sha256()
+def hash_open(file: BinaryIO, *, algorithm: str = "sha256", also: Callable[[bytes], int] = len) -> str:
+    """The digest of the rest of `file`, in hexadecimal; each chunk of it is given to `also`."""
+    digest = hashlib.new(algorithm)
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
         also(chunk)

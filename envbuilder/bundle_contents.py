@@ -1,56 +1,50 @@
-"""What a bundle has to hold, by its lock and record, and whether it holds that. No link is followed, and
-nothing is written."""
+"""What a bundle has to hold, by its lock and record, and whether it holds that. No link in it is followed,
+and nothing is written."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Literal
 
 from envbuilder.atomic import NEW_SUFFIX
 from envbuilder.bundle import RECIPE, RECORD, START, TOOL
 from envbuilder.errors import MismatchError
+from envbuilder.hash_record import HashRecord, Stamp
+from envbuilder.hashing import Hasher, OnBytes, hash_in_parallel
 from envbuilder.lock import FILES, GROUPS, MODELS, lock_filename
 from envbuilder.model import Bundle
+from envbuilder.provided_models import models_of_bundle, own_copy
 from envbuilder.report import Reporter
 from envbuilder.target import target_for
 
-_CHUNK = 1 << 20
-_MOST_AT_ONCE = 16
-_FILES_PER_CORE = 2
-"""Files read at the same time: hashing lets the other threads run, and while one waits for the disk, another
-hashes."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BundleFile:
     """One file that a bundle must hold."""
 
     path: str
-    """Relative to the bundle, with "/"."""
+    """Relative to the bundle, with "/"; absolute, and without links, where the machine provides it."""
     size: int | None
     """Bytes; None for the tool's own files, of which the record keeps the hash alone."""
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """One file that is not as it should be."""
 
     path: str
-    """Relative to the bundle."""
+    """As in BundleFile."""
     kind: Literal["changed", "truncated", "missing", "strange", "unreadable"]
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Examined:
     """What was found in a bundle."""
 
@@ -58,32 +52,44 @@ class Examined:
     """That it has to hold."""
     bytes: int
     """Of those that are there."""
+    recorded: int
+    """Files that were not read: an examination that was cut off had found them right."""
     leftovers: int
     """Hidden new files of a fetch that goes on or was killed: no one uses them, and `fetch` removes them."""
     problems: tuple[Problem, ...]
     """By path."""
 
 
-def examine(bundle: Bundle, reporter: Reporter, *, sizes_only: bool = False) -> Examined:
+def examine(
+    bundle: Bundle, reporter: Reporter, *, sizes_only: bool = False, record: HashRecord | None = None
+) -> Examined:
     """Reads `bundle` from end to end; where `sizes_only`, nothing of it: names and sizes are compared.
 
+    Files that `record` has, found right by an examination that was cut off, are not read again.
+
     Each file that is changed, truncated, missing, unreadable, or strange (in the bundle and in no lock, links
-    among them) is a problem.
+    among them) is a problem. So is each such file of a model that the machine provides.
     """
-    files = inventory(bundle)
-    found = listing(bundle.path)
+    provided = provided_inventory(bundle)
+    files = (*inventory(bundle), *provided)
+    found = {**listing(bundle.path), **_found(provided)}
     leftovers = {path for path, status in found.items() if _is_leftover(path, status)}
     known = {RECORD, *(file.path for file in files)}
     problems = [_strange(path, status) for path, status in found.items() if path not in known | leftovers]
     problems += [Problem(file.path, "missing", "missing") for file in files if file.path not in found]
     there = [file for file in files if file.path in found]
+    recorded = 0
     if sizes_only:
         problems += filter(None, (_at_a_glance(file, found[file.path]) for file in there))
     else:
-        problems += _Hashing(bundle.path, found, reporter).problems(there)
+        record = record or HashRecord()
+        unread = [file for file in there if not record.has(bundle.path / file.path, file.sha256)]
+        recorded = len(there) - len(unread)
+        problems += _Hashing(bundle.path, found, reporter, record).problems(unread)
     return Examined(
         files=len(files),
         bytes=sum(found[file.path].st_size for file in there),
+        recorded=recorded,
         leftovers=len(leftovers),
         problems=tuple(sorted(problems, key=lambda problem: problem.path)),
     )
@@ -109,10 +115,46 @@ def inventory(bundle: Bundle) -> tuple[BundleFile, ...]:
         *(
             BundleFile(f"{MODELS}/{model.name}/{file.name}", file.size, file.sha256)
             for model in lock.models
+            if model.name not in record.provided_models
             for file in model.files
         ),
     ]
     return tuple(sorted(files, key=lambda file: file.path))
+
+
+def provided_inventory(bundle: Bundle) -> tuple[BundleFile, ...]:
+    """The files of the models that the machine provides to `bundle`, which lie outside it."""
+    return tuple(
+        BundleFile(str(file.path), file.size, file.sha256)
+        for model in models_of_bundle(bundle)
+        for file in model.files
+    )
+
+
+def _found(files: Iterable[BundleFile]) -> dict[str, os.stat_result]:
+    found = {}
+    for file in files:
+        with suppress(OSError):  # not there, or not to be seen: it counts as missing
+            found[file.path] = os.lstat(file.path)
+    return found
+
+
+def mending(bundle: Bundle, problems: Iterable[Problem]) -> str:
+    """The command against `problems` of `bundle`."""
+    wrong = {problem.path for problem in problems}
+    for provided in models_of_bundle(bundle):
+        if any(str(file.path) in wrong for file in provided.files):
+            copy = own_copy(bundle.record.recipe, provided.model)
+            return f"Ask the owner of {provided.folder} to put the model right; or {copy}"
+    return f"envbuilder fetch recipes/{bundle.record.recipe}.toml --verify"
+
+
+def differing(
+    files: Sequence[BundleFile], folder: Path, reporter: Reporter, record: HashRecord | None = None
+) -> list[Problem]:
+    """What is wrong with `files`, whose paths are relative to `folder`, by their sizes and bytes."""
+    found = {file.path: os.lstat(folder / file.path) for file in files}
+    return _Hashing(folder, found, reporter, record or HashRecord()).problems(files)
 
 
 def listing(bundle: Path) -> dict[str, os.stat_result]:
@@ -139,78 +181,48 @@ def _walk(folder: Path, above: str) -> Iterator[tuple[str, os.stat_result]]:
                 yield f"{above}{entry.name}", entry.stat(follow_symlinks=False)
 
 
-def open_plain(path: Path) -> FileIO:
-    """The file `path`, unbuffered; OSError where it is a link, or can't be opened."""
-    file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return file
-
-
-def pieces(file: FileIO) -> Iterator[memoryview]:
-    """What is left of `file`, piece by piece; one is valid until the next is taken."""
-    buffer = memoryview(bytearray(_CHUNK))
-    while count := file.readinto(buffer):
-        yield buffer[:count]
-
-
-class _Stopped(Exception):
-    """Ends the other threads."""
-
-
 class _Hashing:
     """Hashes files in parallel, the biggest first, so that none is left for the end alone."""
 
-    def __init__(self, folder: Path, found: Mapping[str, os.stat_result], reporter: Reporter) -> None:
+    def __init__(
+        self, folder: Path, found: Mapping[str, os.stat_result], reporter: Reporter, record: HashRecord
+    ) -> None:
         self._folder = folder
         self._found = found
         self._reporter = reporter
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
+        self._record = record
         self._done = self._total = 0
 
     def problems(self, files: Sequence[BundleFile]) -> list[Problem]:
         ordered = sorted(files, key=lambda file: -self._found[file.path].st_size)
         self._total = sum(self._found[file.path].st_size for file in files)
-        with ThreadPoolExecutor(min(_FILES_PER_CORE * len(os.sched_getaffinity(0)), _MOST_AT_ONCE)) as pool:
-            futures = [pool.submit(self._problem, file) for file in ordered]
-            try:
-                found = [problem for future in futures if (problem := future.result()) is not None]
-            except BaseException:  # Ctrl-C: without this, the threads would read on to the end
-                self._stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        problems = hash_in_parallel(ordered, self._problem, self._count)
         self._count(self._total - self._done)  # what could not be read
-        return found
+        return [problem for problem in problems if problem is not None]
 
-    def _problem(self, file: BundleFile) -> Problem | None:
-        status = self._found[file.path]
+    def _problem(self, file: BundleFile, hasher: Hasher, count: OnBytes) -> Problem | None:
+        status, path = self._found[file.path], self._folder / file.path
         try:
-            return _compare(self._folder, file, status, self._count)
+            problem = _compare(path, file, status, hasher, count)
+            if problem is None:
+                self._record.add(path, Stamp.of_status(status, file.sha256))
+            return problem
         except OSError as error:
             return Problem(file.path, "unreadable", f"can't be read: {error.strerror or error}")
 
     def _count(self, more: int) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        with self._lock:
-            self._done += more
-            if not more:
-                return
+        self._done += more
+        if more:
             self._reporter.progress("verify", self._done, self._total, "bytes")
 
 
 def _compare(
-    folder: Path, file: BundleFile, status: os.stat_result, count: Callable[[int], None]
+    path: Path, file: BundleFile, status: os.stat_result, hasher: Hasher, count: OnBytes
 ) -> Problem | None:
     if problem := _at_a_glance(file, status):
         count(status.st_size)
         return problem
-    digest = hashlib.sha256()
-    with open_plain(folder / file.path) as content:
-        for piece in pieces(content):
-            digest.update(piece)
-            count(len(piece))
-    if (got := digest.hexdigest()) != file.sha256:
+    if (got := hasher.sha256(path, count)) != file.sha256:
         return Problem(file.path, "changed", f"changed: expected sha256 {file.sha256}, got {got}")
     return None
 

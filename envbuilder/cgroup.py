@@ -16,7 +16,7 @@ _NO_LIMIT = 1 << 62
 """Bytes. Version 1 writes "no limit" as the largest number of pages, some 2^63 bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
     """What control groups allow; None where they set no limit."""
 
@@ -28,7 +28,7 @@ class Limits:
     """Bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Mount:
     root: PurePosixPath
     """The group that is mounted: "/", or a container's own."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -241,6 +241,15 @@ def print_checks(console: Console, checks: Iterable[Check]) -> None:
             needs = f", needs {' and '.join(check.needs)}" if check.needs else ""
             console.print(f"  [cyan]{check.id}[/]  [dim]{check.cost}{needs}[/]", highlight=False)
             _print_prose(console, " " * 6, check.looks_at, indent=6)
+
+
+def print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A title, and rows of cells below one another; the first row has the columns' names."""
+    console.print(f"\n[bold]{escape(title)}[/]", highlight=False)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for number, row in enumerate(rows):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
+        console.print(escape(line), style="bold" if number == 0 else None, highlight=False)
 
 
 def print_summary(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

@@ -21,7 +21,7 @@ import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -319,4 +319,4 @@ def _seconds(retry_after: str | None, otherwise: float) -> float:
         return otherwise
     if moment.tzinfo is None:
         return otherwise
-    return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), _LONGEST_PAUSE)
+    return min(max((moment - datetime.now(timezone.utc)).total_seconds(), 0.0), _LONGEST_PAUSE)

@@ -62,7 +62,7 @@ _MAX_STEPS = 100_000
 """How often names are followed in one file: it may define them by one another without end."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """One place that would download."""
 
@@ -72,7 +72,7 @@ class Call:
     """ "urllib.request.urlopen", or the command: "git clone"."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PythonFindings:
     """What one Python file holds."""
 
@@ -202,9 +202,9 @@ class _Reader:
         inner = {
             id(node)
             for function in self.nodes
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
             for node in ast.walk(function)
-            if isinstance(node, ast.Import | ast.ImportFrom)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
         }
         for node in self.nodes:
             names: list[str] = []
@@ -242,7 +242,7 @@ class _Reader:
             for statement in node.orelse:
                 yield from self._calls(statement)
             return
-        if isinstance(node, ast.Name | ast.Attribute):
+        if isinstance(node, (ast.Name, ast.Attribute)):
             if (name := self._name(node)) and _REACHES.fullmatch(name):
                 yield Call(node.lineno, name)
                 return
@@ -269,7 +269,7 @@ class _Reader:
             if node.id in self.names:
                 return self.names[node.id]
             for value in self._values_of(node.id):
-                if isinstance(value, ast.Name | ast.Attribute | ast.Call) and (name := self._name(value)):
+                if isinstance(value, (ast.Name, ast.Attribute, ast.Call)) and (name := self._name(value)):
                     return name
             return node.id
         if isinstance(node, ast.Attribute):
@@ -293,7 +293,7 @@ class _Reader:
         if isinstance(node, ast.Name):
             for value in self._values_of(node.id):
                 yield from self._commands(value)
-        elif isinstance(node, ast.List | ast.Tuple):
+        elif isinstance(node, (ast.List, ast.Tuple)):
             if what := downloading_command(self._words(node)):
                 yield what
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -314,7 +314,7 @@ class _Reader:
 
     def _words(self, node: ast.expr) -> list[str]:
         """The words of a command, with "?" for those that only a run would tell."""
-        if isinstance(node, ast.List | ast.Tuple):
+        if isinstance(node, (ast.List, ast.Tuple)):
             return [word for element in node.elts for word in self._words(element)]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._words(node.left) + self._words(node.right)

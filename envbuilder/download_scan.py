@@ -9,7 +9,6 @@ tools. What a build puts together at run time can't be seen; what is there but n
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from packaging.utils import canonicalize_name, parse_sdist_filename
 from envbuilder.archive import archive_members
 from envbuilder.download_calls import PythonFindings, scan_python, scan_shell
 from envbuilder.download_manifests import is_for_tests, scan_cmake, scan_manifests
+from envbuilder.toml import tomllib
 
 _FILE = 2 << 20
 """Most bytes of a file that is looked at."""
@@ -51,7 +51,7 @@ _DEPTH = 2
 How = Literal["set", "contains", "unset"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Switch:
     """A variable of the build's environment that keeps it from downloading."""
 
@@ -71,7 +71,7 @@ class Switch:
         return got.lower() == self.value.lower()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuildDownload:
     """One place in an sdist that would download while it is built."""
 
@@ -220,7 +220,7 @@ def _beside_the_build(file: str) -> bool:
     return any(_LEFT_ALONE.fullmatch(part) for part in PurePosixPath(file.lower()).parts[:-1])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _KnownSwitch:
     package: str
     what: str

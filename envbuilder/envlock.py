@@ -22,7 +22,7 @@ from envbuilder.model import InstalledPackage
 ENV_LOCK = "pylock.toml"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WheelFile:
     """One wheel to install, where it lies, and what it must be."""
 

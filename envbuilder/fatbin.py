@@ -35,7 +35,7 @@ class FatbinError(ValueError):
     """A file is not an ELF binary, or its GPU code has a layout that this reader does not know."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuImage:
     """One piece of GPU code in a binary."""
 

@@ -11,13 +11,12 @@ import io
 import os
 import posixpath
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from envbuilder.archive import LARGEST, MOST_FILES
-from envbuilder.atomic import make_folder, new_file
+from envbuilder.atomic import make_folder, new_file, scratch_folder
 from envbuilder.errors import InputError, IntegrityError
 from envbuilder.git_repository import Blobs, Repository, TreeEntry, open_repository
 from envbuilder.lock import LockedTree
@@ -73,9 +72,9 @@ def open_tree(
     Raises what `pack_tree` raises.
     """
     make_folder(scratch)
-    with tempfile.TemporaryDirectory(prefix=".git-", dir=scratch, ignore_cleanup_errors=True) as folder:
+    with scratch_folder(scratch, ".git-") as folder:
         url = os.environ.get(url_variable(package)) or git.url
-        repository = open_repository(Path(folder), package, url, variable=url_variable(package))
+        repository = open_repository(folder, package, url, variable=url_variable(package))
         yield SourceTree(repository, package, git, tree)
 
 

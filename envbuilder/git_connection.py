@@ -33,7 +33,7 @@ _URL = re.compile(r"(?:https?|ssh|file)://(?!-)\S+|[\w.-]+@(?!-)[\w.-]+:(?!-)\S+
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Connection:
     """What git is run with."""
 

@@ -35,7 +35,7 @@ _SETTINGS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TreeEntry:
     """One file, link or submodule of a tree."""
 
@@ -195,7 +195,7 @@ class Repository:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 # With what it starts, it can be ended whole.
-                process_group=0,
+                start_new_session=True,
             ) as process,
             selectors.DefaultSelector() as selector,
         ):

@@ -20,7 +20,7 @@ _TIMEOUT_S = 60.0
 _NONE_VISIBLE = "No devices were found"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gpu:
     """One GPU."""
 
@@ -35,7 +35,7 @@ class Gpu:
     """"Default", "Exclusive_Process" or "Prohibited"."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gpus:
     """What nvidia-smi says of them all."""
 
@@ -51,7 +51,7 @@ class Gpus:
         return self.problem or "This machine has no GPU."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuProcess:
     """A process that computes on a GPU."""
 
@@ -61,7 +61,7 @@ class GpuProcess:
     """None where nvidia-smi may not tell (in a container, of another user's process)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuState:
     """How one GPU is at this moment; None for what this kind of GPU, or this driver, doesn't tell."""
 

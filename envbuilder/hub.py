@@ -11,7 +11,7 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from envbuilder.errors import IntegrityError, NetworkError
-from envbuilder.hub_files import ModelRepository, choose_files
+from envbuilder.hub_files import ModelRepository, choose_files, license_of
 from envbuilder.hub_http import HubHttp, open_hub_http
 from envbuilder.lock import LockedModel, LockedModelFile
 from envbuilder.recipe import ModelSpec
@@ -62,16 +62,17 @@ class Hub:
     def lock_model(
         self, name: str, spec: ModelSpec, *, kept: LockedModel | None, reporter: Reporter
     ) -> LockedModel:
-        """The files of the recipe's model `name`: at `spec.revision`, else at the commit of `kept` (what the
-        lock has so far), else at the newest of the hub's default branch.
+        """The files of the recipe's model `name`, which has a repo: at `spec.commit`, else at the commit of
+        `kept` (what the lock has so far), else at the newest of the hub's default branch.
 
         InputError for a repository that can't be used, NetworkError where the hub doesn't give it,
         IntegrityError where its files differ from its own listing, or from `kept` of the same commit.
         """
+        assert spec.repo is not None  # what is on no hub is not asked for here
         reporter.stage(f"choosing the files of the model {spec.repo}")
         if kept and kept.repo != spec.repo:
             kept = None
-        commit = self._commit(spec.repo, spec.revision or (kept.commit if kept else None))
+        commit = self._commit(spec.repo, spec.commit or (kept.commit if kept else None))
         locked_before = {file.name: file for file in kept.files} if kept and kept.commit == commit.id else {}
         reading = _Reading(self._http, spec.repo, commit)
         choice = choose_files(
@@ -90,13 +91,15 @@ class Hub:
             name=name,
             repo=spec.repo,
             commit=commit.id,
-            license=_license(commit.card or {}),
+            license=license_of(commit.card or {}),
             remote_code=choice.remote_code,
             files=tuple(files),
         )
 
     def file_url(self, model: LockedModel, file: LockedModelFile) -> str:
         """Where `client` fetches `file` of `model` from."""
+        assert model.repo is not None  # what is on no hub has no URL
+        assert model.commit is not None
         return self._http.file_url(model.repo, model.commit, file.name)
 
     def _commit(self, repo: str, revision: str | None) -> _Commit:
@@ -174,16 +177,6 @@ def open_hub() -> Iterator[Hub]:
     timeout); InputError where the settings can't be used."""
     with open_hub_http() as http:
         yield Hub(http)
-
-
-def _license(card: dict[str, object]) -> str | None:
-    """The model card's licence: an identifier, several, or the name of one that has no identifier."""
-    found = card.get("license")
-    if found == "other":
-        found = card.get("license_name") or found
-    if isinstance(found, list):
-        found = ", ".join(map(str, found))
-    return found if isinstance(found, str) and found else None
 
 
 def _git_blob_id(content: bytes) -> str:

@@ -52,18 +52,28 @@ _OTHER_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelRepository:
-    """One commit of a model's repository, as seen from the recipe's `[model.NAME]`."""
+    """One commit of a model's repository, or a model's folder, as seen from the recipe's `[model.NAME]`."""
 
     name: str
     """The recipe's name for it."""
     repo: str
-    """"owner/name"."""
+    """"owner/name", or the folder's path."""
     files: Collection[str]
     """The names of all its files."""
     read: Callable[[str], bytes]
     """The content of one of them."""
+    is_folder: bool = False
+
+    @property
+    def whole(self) -> str:
+        """The remedy where something is missing or damaged in it."""
+        if self.is_folder:
+            return (
+                f"Copy it there again from where it was saved, or correct `provided` of [model.{self.name}]."
+            )
+        return f"Name a commit that is whole as the `revision` of [model.{self.name}], or another repository."
 
     def refusal(self, why: str, remedy: str, **context: object) -> InputError:
         return InputError(
@@ -77,13 +87,13 @@ class ModelRepository:
         try:
             content = json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
-            raise self.refusal(f"has a damaged {name}: {error}", _another_commit(self), file=name) from error
+            raise self.refusal(f"has a damaged {name}: {error}", self.whole, file=name) from error
         if not isinstance(content, dict):
-            raise self.refusal(f"has a {name} that is no JSON object", _another_commit(self), file=name)
+            raise self.refusal(f"has a {name} that is no JSON object", self.whole, file=name)
         return content
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Choice:
     """What a bundle takes of a repository."""
 
@@ -124,6 +134,16 @@ def choose_files(repository: ModelRepository, remote_code: Sequence[str] | None)
     )
 
 
+def license_of(card: dict[str, object]) -> str | None:
+    """The model card's licence: an identifier, several, or the name of one that has no identifier."""
+    found = card.get("license")
+    if found == "other":
+        found = card.get("license_name") or found
+    if isinstance(found, list):
+        found = ", ".join(map(str, found))
+    return found if isinstance(found, str) and found else None
+
+
 def _weights(repository: ModelRepository) -> set[str]:
     """The weights that transformers looks for, in its order, and their index."""
     files = repository.files
@@ -151,21 +171,19 @@ def _weights(repository: ModelRepository) -> set[str]:
 def _shards(repository: ModelRepository, index: str) -> set[str]:
     weight_map = repository.table(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise repository.refusal(
-            f"has an {index} without a weight_map", _another_commit(repository), file=index
-        )
+        raise repository.refusal(f"has an {index} without a weight_map", repository.whole, file=index)
     shards = set(map(str, weight_map.values()))
     for shard in sorted(shards):
         if not shard.endswith(".safetensors") or "/" in shard or not _SAFE_PATH.fullmatch(shard):
             raise repository.refusal(
                 f"has an {index} that names {shard!r}, which is no safetensors file beside it",
-                _another_commit(repository),
+                repository.whole,
                 file=index,
             )
     if missing := sorted(shards.difference(repository.files)):
         raise repository.refusal(
             f"lacks {len(missing)} of the {len(shards)} shards that its {index} names",
-            _another_commit(repository),
+            repository.whole,
             file=index,
             missing=_some(missing),
         )
@@ -206,7 +224,7 @@ def _code(repository: ModelRepository, listed: Sequence[str] | None) -> set[str]
     needed = _with_imports(repository, {*listed, *named.intersection(repository.files)})
     if absent := sorted(needed.difference(repository.files)):
         raise repository.refusal(
-            "imports Python files that it doesn't have", _another_commit(repository), missing=_some(absent)
+            "imports Python files that it doesn't have", repository.whole, missing=_some(absent)
         )
     if unlisted := sorted(needed.difference(listed)):
         raise repository.refusal(
@@ -262,11 +280,12 @@ def _with_imports(repository: ModelRepository, names: Collection[str]) -> set[st
 def _relative_imports(repository: ModelRepository, name: str) -> Iterator[str]:
     try:
         # What Python would warn of (an unknown escape) is its author's matter.
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             nodes = list(ast.walk(ast.parse(repository.read(name))))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise repository.refusal(
-            f"has a {name} that can't be parsed: {error}", _another_commit(repository), file=name
+            f"has a {name} that can't be parsed: {error}", repository.whole, file=name
         ) from error
     for node in nodes:
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
@@ -277,12 +296,6 @@ def _relative_imports(repository: ModelRepository, name: str) -> Iterator[str]:
             path = "/".join([*folder, *module.split(".")])
             package = f"{path}/__init__.py"
             yield package if package in repository.files else f"{path}.py"
-
-
-def _another_commit(repository: ModelRepository) -> str:
-    return (
-        f"Name a commit that is whole as the `revision` of [model.{repository.name}], or another repository."
-    )
 
 
 def _key(files: Collection[str]) -> str:

@@ -9,20 +9,29 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from envbuilder.atomic import fsync_folder, make_folder, write_atomically, writing
 from envbuilder.bundle import TOOL, bundle_file, path_in
+from envbuilder.distributions import gone_files
 from envbuilder.envlock import ENV_LOCK, WheelFile, bundle_wheel, env_lock_text
 from envbuilder.errors import IntegrityError, MismatchError
 from envbuilder.gpu import wanted_capabilities
 from envbuilder.interpreter import Interpreter, check_interpreter, find_provided, inspect_interpreter
 from envbuilder.lock import LockedFile
-from envbuilder.model import Bundle, EnvReceipt, Extension, InstalledPackage, ProvidedPackages, read_record
+from envbuilder.model import (
+    ENV_RECEIPT,
+    BuildReceipt,
+    Bundle,
+    EnvReceipt,
+    InstalledPackage,
+    ProvidedPackages,
+    read_record,
+)
+from envbuilder.modules import merged
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, SourceBuild
 from envbuilder.report import Reporter
@@ -30,11 +39,10 @@ from envbuilder.target import target_for
 from envbuilder.venv import install_wheels, make_venv
 from envbuilder.wheelhouse import find_built
 
-RECEIPT = "envbuilder.json"
 _ACTIVATION = ("activate", "activate.csh", "activate.fish", "Activate.ps1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InstallReport:
     """What `install_env` did."""
 
@@ -42,6 +50,17 @@ class InstallReport:
     """The env's folder."""
     receipt: EnvReceipt
     seconds: float
+
+
+@dataclass(frozen=True)
+class EnvPlan:
+    """What an env is made of."""
+
+    interpreter: Interpreter
+    provided: ProvidedPackages | None
+    wheels: tuple[WheelFile, ...]
+    """By name."""
+    receipt: EnvReceipt
 
 
 def install_env(
@@ -52,51 +71,65 @@ def install_env(
     python: Path,
     reporter: Reporter,
     reinstall: bool = False,
+    folder: Path | None = None,
 ) -> InstallReport:
-    """Makes the env of `recipe` for interpreter `python`.
+    """Makes the env of `recipe` for interpreter `python`, in `folder` where it isn't to lie in `root`.
 
-    One that is there with the receipt that it would get is left alone, unless `reinstall`.
+    One that is there with the receipt that it would get is left alone, unless `reinstall`, or unless files
+    of it are gone, as on a disk that is purged.
 
     Raises MismatchError where a source package has not been compiled for this machine or a provided package
     is missing, IntegrityError where a file is not the one that was locked or built. Then the env that was
     there is still there.
     """
     began = time.monotonic()
+    plan = plan_env(recipe, bundle, root=root, python=python)
+    receipt, wheels = plan.receipt, plan.wheels
+    place = root.env(recipe.name)
+    folder = folder or place
+    if not reinstall and (there := _same_env(folder, receipt)):
+        gone = gone_files(folder, there)
+        if not gone:
+            reporter.note(f"{folder} is already what the lock and the wheelhouse say")
+            return InstallReport(folder, there, time.monotonic() - began)
+        reporter.note(f"{len(gone)} files of {folder} are gone, {gone[0]} among them: it is made anew")
+    reporter.stage(f"installing {len(wheels)} packages into {folder}")
+    with writing(folder, 2 * sum(wheel.size for wheel in wheels)):
+        _make_env(folder, plan, env_lock_text(wheels, place))
+    return InstallReport(folder, receipt, time.monotonic() - began)
+
+
+def plan_env(recipe: Recipe, bundle: Bundle, *, root: Root, python: Path) -> EnvPlan:
+    """What `install_env` would make the env of now; it raises what that raises before it writes."""
     interpreter = inspect_interpreter(python)
     check_interpreter(interpreter, bundle.lock.target, bundle.record)
     provided = find_provided(recipe, bundle.lock, python)
-    wheels, extensions = _choose_wheels(recipe, bundle, root, interpreter, provided)
+    wheels, built = _choose_wheels(recipe, bundle, root, interpreter, provided)
     receipt = EnvReceipt(
         recipe=recipe.name,
         lock_sha256=bundle.lock.digest,
         python=interpreter.version,
         compute_capabilities=wanted_capabilities(recipe.cuda),
         packages=tuple(wheel.package for wheel in wheels),
-        extensions=extensions,
+        extensions=tuple(extension for receipt in built for extension in receipt.extensions),
         provided=provided,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        modules=merged(receipt.modules for receipt in sorted(built, key=lambda receipt: receipt.built_at)),
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    folder = root.env(recipe.name)
-    if not reinstall and (there := _same_env(folder, receipt)):
-        reporter.note(f"{folder} is already what the lock and the wheelhouse say")
-        return InstallReport(folder, there, time.monotonic() - began)
-    reporter.stage(f"installing {len(wheels)} packages into {folder}")
-    with writing(folder, 2 * sum(wheel.size for wheel in wheels)):
-        _make_env(folder, interpreter, provided, wheels, receipt)
-    return InstallReport(folder, receipt, time.monotonic() - began)
+    return EnvPlan(interpreter, provided, tuple(wheels), receipt)
 
 
 def _choose_wheels(
     recipe: Recipe, bundle: Bundle, root: Root, interpreter: Interpreter, provided: ProvidedPackages | None
-) -> tuple[list[WheelFile], tuple[Extension, ...]]:
-    """The wheels of the env, sorted by name, and the extension modules in the built ones."""
+) -> tuple[list[WheelFile], list[BuildReceipt]]:
+    """The wheels of the env, sorted by name, and the receipts of the built ones."""
     target = target_for(bundle.lock.target, interpreter.minor)
     files, build_files = (bundle.lock.select(target, (group,)) for group in ("runtime", "build"))
     # What was built without torch at hand depends on none, whatever the env holds.
     locked_torch = next((file.version for file in build_files if file.package == "torch"), None)
     torch = provided.versions.get("torch", locked_torch) if provided else locked_torch
     wheels: list[WheelFile] = []
-    extensions: list[Extension] = []
+    receipts: list[BuildReceipt] = []
     for file in files:
         if not file.is_sdist:
             wheels.append(bundle_wheel(file, bundle_file(bundle, file)))
@@ -120,10 +153,10 @@ def _choose_wheels(
             origin="wheelhouse",
         )
         wheels.append(WheelFile(package, built.path, built.path.stat().st_size))
-        extensions += built.receipt.extensions
+        receipts.append(built.receipt)
     if trainer := _trainer_wheel(bundle):
         wheels.append(trainer)
-    return sorted(wheels, key=lambda wheel: wheel.package.name), tuple(extensions)
+    return sorted(wheels, key=lambda wheel: wheel.package.name), receipts
 
 
 def _trainer_wheel(bundle: Bundle) -> WheelFile | None:
@@ -157,37 +190,30 @@ def _not_compiled(
 def _same_env(folder: Path, wanted: EnvReceipt) -> EnvReceipt | None:
     """The receipt of the env in `folder`, if it says all that `wanted` says."""
     try:
-        there = read_record(folder / RECEIPT, EnvReceipt, remedy="")
+        there = read_record(folder / ENV_RECEIPT, EnvReceipt, remedy="")
     except IntegrityError:
         return None
-    return there if there.model_copy(update={"created_at": wanted.created_at}) == wanted else None
+    return there if there.made_of_the_same(wanted) else None
 
 
-def _make_env(
-    folder: Path,
-    interpreter: Interpreter,
-    provided: ProvidedPackages | None,
-    wheels: Sequence[WheelFile],
-    receipt: EnvReceipt,
-) -> None:
-    """Makes the env beside `folder`, then puts it there; what was there goes only then."""
+def _make_env(folder: Path, plan: EnvPlan, lock: str) -> None:
+    """Makes the env beside `folder`, with `lock` in it, then puts it there; what was there goes only then."""
     make_folder(folder.parent)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".new", dir=folder.parent))
     old = made.with_suffix(".old")
     try:
-        make_venv(interpreter, made, provided)
+        make_venv(plan.interpreter, made, plan.provided)
         install_wheels(
             made,
-            wheels,
+            plan.wheels,
             scratch=made,
-            remedy=f"envbuilder fetch recipes/{receipt.recipe}.toml --verify",
+            remedy=f"envbuilder fetch recipes/{plan.receipt.recipe}.toml --verify",
         )
         for name in _ACTIVATION:
             script = made / "bin" / name
             script.write_text(script.read_text(encoding="utf-8").replace(str(made), str(folder)), "utf-8")
-        # Its place is not deeper or higher than this one, so relative paths stay right.
-        write_atomically(made / ENV_LOCK, env_lock_text(wheels, made))
-        write_atomically(made / RECEIPT, receipt.model_dump_json(indent=2) + "\n")
+        write_atomically(made / ENV_LOCK, lock)
+        write_atomically(made / ENV_RECEIPT, plan.receipt.model_dump_json(indent=2) + "\n")
         made.chmod(folder.parent.stat().st_mode & 0o7777)
         with suppress(FileNotFoundError):
             folder.rename(old)
@@ -197,7 +223,7 @@ def _make_env(
             if folder.exists():
                 raise MismatchError(
                     f"Another process has put an environment at {folder} meanwhile.",
-                    remedy=f"envbuilder install recipes/{receipt.recipe}.toml",
+                    remedy=f"envbuilder install recipes/{plan.receipt.recipe}.toml",
                     context={"folder": folder},
                 ) from error
             if old.exists():

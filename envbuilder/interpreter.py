@@ -96,7 +96,7 @@ else:
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Interpreter:
     """A Python interpreter of this machine."""
 
@@ -150,7 +150,7 @@ def inspect_interpreter(python: Path) -> Interpreter:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InterpreterTags:
     """What an interpreter takes, in the terms of PEP 425 and PEP 508."""
 
@@ -280,8 +280,9 @@ def _ask(
     arguments: Sequence[str],
     *,
     variables: Mapping[str, str] | None = None,
-    timeout_s: float = _TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
+    timeout_s = timeout_s or _TIMEOUT_S
     output, status = "", "it was not started"
     try:
         # The root folder as working folder: "-c" puts it on the import path.

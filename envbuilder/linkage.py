@@ -34,7 +34,7 @@ _SHOWN = 5
 """How many symbols `describe` names."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Linkage:
     """What one extension module asks of the libraries that it will be loaded with."""
 

@@ -18,7 +18,7 @@ from envbuilder.linkage import from_origin, loader_cache, system_folders
 from envbuilder.shared_object import SharedObject, SharedObjectError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
     """One file in the process."""
 

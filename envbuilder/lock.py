@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from packaging.utils import canonicalize_name
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.recipe import Recipe, TargetSpec
 from envbuilder.target import Target
+from envbuilder.toml import tomllib
 
 SCHEMA = 2
 FILES = "files"
@@ -46,7 +46,7 @@ Group = Literal["runtime", "build", "tool"]
 GROUPS: tuple[Group, ...] = ("runtime", "build", "tool")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockedFile:
     """One file that the lock names, and the package it belongs to."""
 
@@ -61,7 +61,7 @@ class LockedFile:
     is_sdist: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockedTree:
     """What a git source is packed from."""
 
@@ -71,7 +71,7 @@ class LockedTree:
     """Path in the tree → the submodule's commit, nested ones too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockedPatch:
     """One patch of a package."""
 
@@ -81,7 +81,7 @@ class LockedPatch:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockedModelFile:
     """One file of a model."""
 
@@ -91,24 +91,29 @@ class LockedModelFile:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockedModel:
-    """One commit of a model on the hub."""
+    """One commit of a model on the hub, or a model of which there are only files."""
 
     name: str
     """Its folder in a bundle: models/NAME."""
-    repo: str
-    """"owner/name"."""
-    commit: str
-    """40 hexadecimal digits."""
+    repo: str | None
+    """"owner/name"; None where it is on no hub: then its files alone say which it is."""
+    commit: str | None
+    """40 hexadecimal digits, with `repo` and only with it."""
     license: str | None
     """As its model card says."""
     remote_code: tuple[str, ...]
     """Those of `files` that are Python code."""
     files: tuple[LockedModelFile, ...]
 
+    @property
+    def origin(self) -> str:
+        """Which model it is, in words."""
+        return f"{self.repo} at {self.commit}" if self.repo else f"{self.name}, by its files alone"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class SourceLock:
     """A parsed source lock."""
 
@@ -194,7 +199,7 @@ class SourceLock:
 
     def _file(self, package: Package, source: object) -> LockedFile:
         # parse_lock has refused all other kinds of source.
-        assert isinstance(source, PackageWheel | PackageSdist)
+        assert isinstance(source, (PackageWheel, PackageSdist))
         return LockedFile(
             package=package.name,
             version=str(package.version),
@@ -225,6 +230,8 @@ def recipe_digest(
     wanted = recipe.model_dump(
         mode="json",
         include={"name", "requirements", "trainer", "target", "exclude", "index", "model"},
+        # Where a machine has a model, its lock is for the same bytes.
+        exclude={"model": {"__all__": {"provided"}}},
     )
     wanted["builds"] = {
         name: build.model_dump(
@@ -314,8 +321,8 @@ def parse_lock(name: str, text: str) -> SourceLock:
 def _model(table: Mapping[str, Any]) -> LockedModel:
     return LockedModel(
         name=table["name"],
-        repo=table["repo"],
-        commit=table["commit"],
+        repo=table.get("repo"),
+        commit=table.get("commit"),
         license=table.get("license"),
         remote_code=tuple(table["remote-code"]),
         files=tuple(LockedModelFile(**file) for file in table["files"]),
@@ -328,7 +335,7 @@ def _check_tables(lock: SourceLock) -> None:
     for text in lock.provided:
         Requirement(text)
     for model in lock.models:
-        if not re.fullmatch(r"[0-9a-f]{40}", model.commit):
+        if model.repo is not None and not re.fullmatch(r"[0-9a-f]{40}", model.commit or ""):
             raise ValueError(f"model {model.name} has no full commit")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", model.name):
             raise ValueError(f"{model.name!r} is no model's name")

@@ -17,7 +17,7 @@ _TABLE_KEYS = ("index", "license", "metadata-source", "requires", "build-require
 """Those of a package's table that are compared as they stand."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Change:
     """One thing that differs."""
 
@@ -42,7 +42,7 @@ class Change:
         return f"{self.name}: {self.kind}: {self.old or 'none'} -> {self.new or 'none'}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockDiff:
     """All that differs between two locks; empty where they bring the same."""
 
@@ -76,7 +76,7 @@ def _lock(old: SourceLock, new: SourceLock) -> Iterator[Change]:
             yield Change("lock", key, "added", "", item)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Side:
     """One version of a package in one lock."""
 
@@ -199,8 +199,8 @@ def _models(old: SourceLock, new: SourceLock) -> Iterator[Change]:
 
 def _model_changes(old: LockedModel, new: LockedModel) -> Iterator[Change]:
     name = f"model {old.name}"
-    yield from _changed("model", name, "repo", old.repo, new.repo)
-    yield from _changed("model", name, "commit", old.commit, new.commit)
+    yield from _changed("model", name, "repo", old.repo or "", new.repo or "")
+    yield from _changed("model", name, "commit", old.commit or "", new.commit or "")
     yield from _changed("model", name, "license", old.license or "", new.license or "")
     yield from _changed("model", name, "remote code", _text(old.remote_code), _text(new.remote_code))
     before, after = ({file.name: file.sha256 for file in model.files} for model in (old, new))
@@ -213,7 +213,7 @@ def _model_changes(old: LockedModel, new: LockedModel) -> Iterator[Change]:
 
 
 def _model(model: LockedModel) -> str:
-    return f"{model.repo} {model.commit}"
+    return f"{model.repo} {model.commit}" if model.repo else model.origin
 
 
 def _only(old: Iterable[str], new: Iterable[str]) -> tuple[str, str]:
@@ -233,6 +233,6 @@ def _text(value: object) -> str:
         return ""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return ", ".join(map(_text, value))
     return str(value)

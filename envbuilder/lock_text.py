@@ -18,7 +18,7 @@ from envbuilder.recipe import Recipe
 from envbuilder.target import python_versions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LockEntry:
     """One version of one package, as `compose_lock` takes it."""
 
@@ -114,7 +114,7 @@ def _plain(value: Any) -> Any:
     """`value` with the mapping and sequence types that tomli_w takes."""
     if isinstance(value, dict) or hasattr(value, "items"):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
 
@@ -126,5 +126,6 @@ def _model_table(model: LockedModel) -> dict[str, Any]:
         "commit": model.commit,
         "remote-code": list(model.remote_code),
         "files": [asdict(file) for file in model.files],
+        "license": model.license,
     }
-    return table if model.license is None else {**table, "license": model.license}
+    return {key: value for key, value in table.items() if value is not None}

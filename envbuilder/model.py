@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from envbuilder.errors import IntegrityError
 from envbuilder.lock import SourceLock
 
+ENV_RECEIPT = "envbuilder.json"
+"""Name of an env's receipt (`EnvReceipt`), in the env's folder."""
 Isolation = Literal["sealed", "network-namespace", "none"]
 
 
@@ -54,6 +56,8 @@ class BundleRecord(_Record):
     trainer_wheel: str | None
     """File name in the bundle's `tool/` folder."""
     trainer_sha256: str | None
+    provided_models: dict[str, str] = Field(default_factory=dict)
+    """Models that are not in the bundle, for the machine has them: name → folder."""
 
 
 class Bundle(BaseModel):
@@ -103,6 +107,17 @@ class UnitTiming(_Record):
     """As it was run, with the build's folder as /build."""
 
 
+class LoadedModule(_Record):
+    """An environment module (`module load`) that a build had, and what it put into the shell."""
+
+    name: str
+    """As resolved, e.g. "gcc/12.2.0"."""
+    folders: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Variable → folders that it put there, in their order, e.g. of LD_LIBRARY_PATH."""
+    variables: dict[str, str] = Field(default_factory=dict)
+    """Others that it set, e.g. CC; those of compilers and networks alone."""
+
+
 class BuildReceipt(_Record):
     """`receipt.json` beside a built wheel: what it was made of, and how."""
 
@@ -142,6 +157,8 @@ class BuildReceipt(_Record):
     """Source → why it was not compiled in shards, of units with several explicit instantiations."""
     environment: dict[str, str]
     """Variables that the recipe and the tool set for the build."""
+    modules: tuple[LoadedModule, ...] = ()
+    """Those that were loaded where it was built, in their order."""
     units: tuple[UnitTiming, ...]
     seconds: float
     built_at: str
@@ -190,8 +207,81 @@ class EnvReceipt(_Record):
     packages: tuple[InstalledPackage, ...]
     extensions: tuple[Extension, ...]
     provided: ProvidedPackages | None
+    modules: tuple[LoadedModule, ...] = ()
+    """Those that its packages were built with: what they had added is there again for the env's processes."""
     created_at: str
     """ISO 8601, UTC."""
+
+    def made_of_the_same(self, other: EnvReceipt) -> bool:
+        """Whether this env and that of `other` are the same but for when they were made."""
+        return self.model_copy(update={"created_at": other.created_at}) == other
+
+
+class ImageReceipt(_Record):
+    """`ROOT/images/NAME.json`: the image that an env is kept as. Written after the image."""
+
+    schema_version: Literal[1] = 1
+    file: str
+    """Name of the image beside this receipt."""
+    sha256: str
+    """Of the image: the env's digest."""
+    size: int
+    """Bytes of the image."""
+    plain_files: int
+    plain_bytes: int
+    """Files (folders among them) and bytes of the same env unpacked."""
+    mksquashfs: str
+    """Version of the program that wrote it: another one may write other bytes."""
+    tool_version: str
+    """Of envbuilder: another one may put other files into it."""
+    interpreter: str
+    """Path that the env's own interpreter leads to: it is the machine's, and each node must have it."""
+    env: EnvReceipt
+    created_at: str
+    """ISO 8601, UTC."""
+
+
+class PublishedFile(_Record):
+    """One file of a publication."""
+
+    path: str
+    """Relative to the publication's folder."""
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Publication(_Record):
+    """`manifest.json` in a published version: what is in it, and who put it there. Written last."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    """What it is published as."""
+    recipe: str
+    python: str
+    """Full version of the interpreter of the env that was published, e.g. "3.11.7"."""
+    lock_sha256: str
+    compute_capabilities: tuple[str, ...]
+    """Those that its packages were compiled for."""
+    architectures: tuple[str, ...]
+    """GPU code in the extension modules that were compiled, e.g. "sm_90"; sorted."""
+    publisher: str
+    """Account name."""
+    published_at: str
+    """ISO 8601, UTC."""
+    files: tuple[PublishedFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.size for file in self.files)
+
+
+class CurrentVersion(_Record):
+    """`current.json` beside the published versions of one name: which of them counts."""
+
+    schema_version: Literal[1] = 1
+    manifest_sha256: str
 
 
 class Finding(_Record):

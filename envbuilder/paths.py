@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Root:
     """The tool's folder on the cluster's shared disk."""
 
@@ -36,11 +36,28 @@ class Root:
     def wheelhouse(self) -> Path:
         return self.path / "wheelhouse"
 
+    @property
+    def images(self) -> Path:
+        """Envs as one file each, with a receipt beside it."""
+        return self.path / "images"
+
+    def image_receipt(self, name: str) -> Path:
+        """That of the image of the recipe `name`: what there is without it is no env."""
+        return self.images / f"{name}.json"
+
     def bundle(self, name: str) -> Path:
         return self.path / "bundles" / name
 
     def env(self, name: str) -> Path:
         return self.path / "envs" / name
 
+    def kernels(self, name: str) -> Path:
+        """What Triton and Inductor compiled for the recipe `name`."""
+        return self.cache / "kernels" / name
+
     def run(self, name: str) -> Path:
         return self.path / "runs" / name
+
+    def sweep(self, name: str) -> Path:
+        """What the sweep `name` is made of."""
+        return self.path / "sweeps" / f"{name}.json"

@@ -20,7 +20,7 @@ PUBLIC_INDEX = PyPI.simple_url
 """The index that pip uses where nothing is configured."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PipSettings:
     """pip's options of the same names; None or empty where they are not configured."""
 

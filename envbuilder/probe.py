@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -44,7 +44,7 @@ def probe_machine(python: Path, provided: Sequence[str]) -> MachineRecord:
     gpus = read_gpus()
     cc, cxx = _compilers()
     return MachineRecord(
-        probed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        probed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         interpreter=_interpreter(interpreter),
         machine=interpreter.machine,
         glibc=interpreter.glibc,

@@ -39,7 +39,7 @@ class Cancel:
             self._running.discard(group)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Completed:
     """A program that has ended."""
 
@@ -65,7 +65,7 @@ def run(
 
     After `timeout_s` seconds, or when `cancel` says so, it is killed, with all that it started.
 
-    Raises MismatchError where the program is not on this machine.
+    Raises MismatchError where the program is not on this machine, or its CPU time (RLIMIT_CPU) is used up.
     """
     words = tuple(str(word) for word in argv)
     try:
@@ -78,8 +78,8 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # A group of its own can be killed whole; without a time limit, Ctrl-C must reach it.
-            process_group=None if timeout_s is None and cancel is None else 0,
+            # A session of its own can be killed whole; without a time limit, Ctrl-C must reach it.
+            start_new_session=timeout_s is not None or cancel is not None,
         )
     except FileNotFoundError as error:
         raise MismatchError(
@@ -101,6 +101,12 @@ def run(
             sink.flush()
             if on_line is not None:
                 on_line(line)
+    if process.returncode == -signal.SIGXCPU:
+        raise MismatchError(
+            f"The program {Path(words[0]).name} has used all CPU time that a process may use here.",
+            remedy="ulimit -t; and run the command where jobs run, or where that limit is higher.",
+            context={"command": " ".join(words).splitlines()[0][:200]},
+        )
     return Completed(words, process.returncode, "".join(lines), timed_out=overdue.is_set())
 
 

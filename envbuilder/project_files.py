@@ -6,19 +6,19 @@ InputError is for the caller to raise, who knows the archive: here what is wrong
 from __future__ import annotations
 
 import ast
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from envbuilder.licenses import license_name
+from envbuilder.toml import tomllib
 
 # PEP 517: what builds a project without a pyproject.toml, or with one that names no requirements.
 _LEGACY_BUILD_REQUIRES = ("setuptools", "wheel")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StaticProject:
     """The `[project]` table of a pyproject.toml, as far as it is not dynamic (PEP 621)."""
 
@@ -53,7 +53,7 @@ def setup_requires(source: bytes) -> tuple[str, ...] | None:
 def _static_project(table: Mapping[str, Any]) -> StaticProject:
     dynamic = set(_texts(table.get("dynamic", ()), "project.dynamic"))
     name, version = table.get("name"), table.get("version")
-    if not isinstance(name, str) or not isinstance(version, str | None):
+    if not isinstance(name, str) or not isinstance(version, (str, type(None))):
         raise ValueError("its [project] table has no name, or a version that is no text")
     requires: tuple[str, ...] | None = None
     if "dependencies" not in dynamic:
@@ -108,6 +108,6 @@ def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _texts(value: object, what: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{what} is not a list of texts")
     return tuple(value)

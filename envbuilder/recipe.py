@@ -6,6 +6,7 @@ Keys are written in kebab-case. An unknown key, a wrong type and an impossible v
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, Field, model_validator
 
-from envbuilder.toml_input import EnvName, Table, load_table, pattern
+from envbuilder.toml_input import AbsolutePath, EnvName, Table, load_table, pattern
 
 
 def _requirement(text: str) -> str:
@@ -139,13 +140,32 @@ class SourceBuild(Table):
 
 
 class ModelSpec(Table):
-    """`[model.NAME]`: a model's files from the hub, which a bundle holds in `models/NAME/`."""
+    """`[model.NAME]`: a model's files: from the hub, in a bundle's `models/NAME/`, or the machine's own."""
 
-    repo: RepoName
+    repo: RepoName | None = None
+    """Without one it is on no hub, and the folder's own files are what is locked."""
     revision: Commit | None = None
     """The commit; without one, `lock` takes the newest and keeps it until `lock --upgrade`."""
     remote_code: tuple[str, ...] | None = None
     """The repository's Python files to bring; an empty list says that the model runs without them."""
+    provided: AbsolutePath | None = None
+    """The folder in which the machine has it: verified there, never copied."""
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> ModelSpec:
+        if self.repo is None and self.provided is None:
+            raise ValueError("name a repo on the hub, a folder that is provided, or both")
+        if self.repo is None and self.revision is not None:
+            raise ValueError("revision goes with repo")
+        return self
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that is asked for: `revision`, else that of a snapshot in the hub library's cache."""
+        if self.revision is not None or self.repo is None:
+            return self.revision
+        found = re.search(r"/snapshots/([0-9a-f]{40})/*\Z", self.provided or "")
+        return found[1] if found else None
 
 
 class Exclusion(Table):

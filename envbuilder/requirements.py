@@ -42,4 +42,6 @@ def _requires() -> list[str]:
 
 def _extras(text: str) -> set[str]:
     marker = Requirement(text).marker
-    return {extra for extra in ("trainer", "dev") if marker and marker.evaluate({"extra": extra})}
+    if marker is None or marker.evaluate({"extra": ""}):
+        return set()
+    return {extra for extra in ("trainer", "dev") if marker.evaluate({"extra": extra})}

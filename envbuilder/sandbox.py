@@ -47,7 +47,7 @@ _FROM_HOST = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "
 _SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sandbox:
     """A way to run programs apart from the rest of the machine; `for_build` says what they get of it."""
 
@@ -265,10 +265,9 @@ def sandbox_environment(
     """
     inside = sandbox.inside if sandbox else Path
     environment = {name: host[name] for name in _FROM_HOST if host.get(name)}
-    if "LD_LIBRARY_PATH" in environment and not keep_cuda_libraries:
-        folders = environment.pop("LD_LIBRARY_PATH").split(os.pathsep)
-        if kept := [folder for folder in folders if folder and not _has_cuda_runtime(Path(folder))]:
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(kept)
+    if not keep_cuda_libraries:
+        kept = without_cuda_runtime(environment.pop("LD_LIBRARY_PATH", ""))
+        environment |= {"LD_LIBRARY_PATH": kept} if kept else {}
     words = [
         *(str(inside(folder)) for folder in path),
         *filter(None, host.get("PATH", "").split(os.pathsep)),
@@ -286,6 +285,12 @@ def sandbox_environment(
         "PYTHONUNBUFFERED": "1",
         "PYTHONNOUSERSITE": "1",
     }
+
+
+def without_cuda_runtime(library_path: str) -> str:
+    """A LD_LIBRARY_PATH without the folders whose CUDA libraries would shadow those of torch."""
+    folders = filter(None, library_path.split(os.pathsep))
+    return os.pathsep.join(folder for folder in folders if not _has_cuda_runtime(Path(folder)))
 
 
 def _has_cuda_runtime(folder: Path) -> bool:

@@ -7,6 +7,8 @@ Manuals: mount_namespaces(7), mount(2), mount_setattr(2), pivot_root(2).
 # pathlib takes longer to load than this to run.
 # ruff: noqa: PTH102, PTH103, PTH110, PTH112, PTH114, PTH115, PTH120, PTH123, PTH211
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os

@@ -29,7 +29,7 @@ _TEXT = 4 << 20
 _FILES = re.compile(r"PKG-INFO|pyproject\.toml|setup\.py|(?:src/)?[^/]+\.egg-info/(?:requires\.txt|PKG-INFO)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SdistMetadata:
     """The static metadata of one source archive."""
 
@@ -48,7 +48,7 @@ class SdistMetadata:
     """Why `requires` or `build_requires` may not be the whole truth."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Stated:
     """Requirements, and where they are from."""
 

@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from envbuilder.atomic import write_atomically
@@ -30,12 +31,15 @@ from envbuilder.target import python_versions, target_for
 # A command imports the stage that it runs and no other: half of a second run's time is imports.
 if TYPE_CHECKING:
     from envbuilder.compile.pipeline import CompileReport
+    from envbuilder.compile.units.records import Estimate
     from envbuilder.doctor import Subject
+    from envbuilder.fetch.export import Export
+    from envbuilder.image.make import ImageReport
     from envbuilder.install import InstallReport
     from envbuilder.site import Site
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Session:
     """One recipe under one ROOT."""
 
@@ -101,25 +105,65 @@ class Session:
 
         Without `python`, the running one, if the lock serves it, or the only one that it serves.
         """
-        from envbuilder.hub import open_hub
-
-        lock = self.current_lock() if self.lock_path.exists() else self.make_lock()
+        lock = self._lock_made()
         with ExitStack() as stack:
-            client = stack.enter_context(open_client())
             return fetch_bundle(
                 self.recipe,
                 lock,
                 root=self.root,
                 python=python or _default_python(lock),
-                origins=Origins(
-                    indexes=open_indexes(self._index_names, client),
-                    client=client,
-                    hub=stack.enter_context(open_hub()) if lock.models else None,
-                    recipe_folder=self.recipe_path.parent,
-                ),
+                origins=self._origins(lock, stack),
                 reporter=self.reporter,
                 verify=verify,
             )
+
+    def export_urls(self, python: str | None, tool: str, out: Path | None, *, verify: bool = False) -> Export:
+        """Lists for `tool` what the bundle still lacks; `python` and the lock as for `fetch`."""
+        from envbuilder.fetch.export import export_urls
+
+        lock = self._lock_made()
+        with ExitStack() as stack:
+            return export_urls(
+                self.recipe,
+                lock,
+                root=self.root,
+                python=python or _default_python(lock),
+                origins=self._origins(lock, stack),
+                tool=tool,
+                out=out or Path(f"{self.recipe.name}.{tool}"),
+                reporter=self.reporter,
+                verify=verify,
+            )
+
+    def adopt(self, python: str | None, folder: Path, *, verify: bool = False) -> FetchReport:
+        """The bundle, with what was brought to `folder`; no network is asked, so there must be a lock."""
+        from envbuilder.fetch.adopt import adopt_files
+
+        lock = self.current_lock()
+        return adopt_files(
+            self.recipe,
+            lock,
+            root=self.root,
+            python=python or _default_python(lock),
+            folder=folder,
+            recipe_folder=self.recipe_path.parent,
+            reporter=self.reporter,
+            verify=verify,
+        )
+
+    def _lock_made(self) -> SourceLock:
+        return self.current_lock() if self.lock_path.exists() else self.make_lock()
+
+    def _origins(self, lock: SourceLock, stack: ExitStack) -> Origins:
+        from envbuilder.hub import open_hub
+
+        client = stack.enter_context(open_client())
+        return Origins(
+            indexes=open_indexes(self._index_names, client),
+            client=client,
+            hub=stack.enter_context(open_hub()) if lock.models else None,
+            recipe_folder=self.recipe_path.parent,
+        )
 
     def bundle(self) -> Bundle:
         """The bundle; MismatchError if it is not of the recipe as it stands."""
@@ -165,14 +209,14 @@ class Session:
             prove=prove,
         )
 
-    def estimated_seconds(self, cpus: int) -> float | None:
-        """How long compiling will take on so many CPUs, where that is known from earlier builds."""
-        from envbuilder.compile.estimate import estimated_seconds
+    def estimated_work(self, cpus: int) -> Estimate | None:
+        """What compiling will take on so many CPUs, where that is known from earlier builds."""
+        from envbuilder.compile.estimate import estimated_work
 
         bundle = self.bundle()
         target = target_for(bundle.lock.target, bundle.record.python)
         sdists = {file.package for file in bundle.lock.select(target, ("runtime",)) if file.is_sdist}
-        return estimated_seconds(self.root, sorted(sdists), cpus=cpus)
+        return estimated_work(self.root, sorted(sdists), cpus=cpus)
 
     def install(self, python: Path | None = None, *, reinstall: bool = False) -> InstallReport:
         """Makes the env from bundle and wheelhouse."""
@@ -188,6 +232,47 @@ class Session:
             reinstall=reinstall,
         )
 
+    def install_image(self, python: Path | None = None, *, reinstall: bool = False) -> ImageReport:
+        """Makes the env from bundle and wheelhouse as one file; as a folder it is in scratch meanwhile.
+
+        An image that is there and would be the same is left alone, unless `reinstall`.
+        """
+        from envbuilder.image.make import ImageReport, find_mksquashfs, find_same, make_image
+        from envbuilder.install import install_env, plan_env
+
+        interpreter = self.interpreter(python)
+        bundle = self._bundle_for(interpreter)
+        plan = plan_env(self.recipe, bundle, root=self.root, python=interpreter)
+        if not reinstall and (same := find_same(self.root, plan.receipt)):
+            return ImageReport(same, seconds=0.0, made=False)
+        find_mksquashfs()  # Or it would be missed after minutes.
+        with TemporaryDirectory(prefix="envbuilder-image-") as scratch:
+            made = install_env(
+                self.recipe,
+                bundle,
+                root=self.root,
+                python=interpreter,
+                reporter=self.reporter,
+                folder=Path(scratch) / "env",
+            )
+            return make_image(made.path, made.receipt, root=self.root, reporter=self.reporter)
+
+    def definition(self, base: str) -> str:
+        """The text of a definition file for a SIF, made from the image `base`."""
+        from envbuilder.image.definition import Base, definition
+        from envbuilder.wheelhouse import all_built
+
+        bundle = self.bundle()
+        target = target_for(bundle.lock.target, bundle.record.python)
+        files = bundle.lock.select(target, ("runtime",))
+        compiled = {file.package for file in files if file.is_sdist}
+        wheels = [wheel for wheel in all_built(self.root) if wheel.receipt.package in compiled]
+        # Extension modules find torch's libraries only once torch is there.
+        first = ["torch"] if any(file.package == "torch" for file in files) else []
+        first += ["trainer"] if bundle.record.trainer_wheel else []
+        built = [module for package in self.recipe.build.values() for module in package.modules]
+        return definition(bundle, wheels, Base.read(base), [*first, *built])
+
     def known_lock(self) -> SourceLock | None:
         """The lock of the bundle, else the recipe's; None where neither can be read: doctor says why."""
         with suppress(EnvbuilderError):
@@ -196,7 +281,14 @@ class Session:
             return read_lock(self.lock_path)
         return None
 
-    def subject(self, *, site: Site | None = None, config: Path | None = None) -> Subject:
+    def subject(
+        self,
+        *,
+        site: Site | None = None,
+        config: Path | None = None,
+        overrides: tuple[str, ...] = (),
+        image_at: Path | None = None,
+    ) -> Subject:
         """What doctor's checks look at: this recipe, and what was made of it."""
         from envbuilder.doctor import Subject
 
@@ -206,8 +298,10 @@ class Session:
             self.known_lock(),
             site=site,
             config=config,
+            overrides=overrides,
             recipe_path=self.recipe_path,
             lock_path=self.lock_path,
+            image_at=image_at,
         )
 
     def doctor(self) -> tuple[Finding, ...]:
@@ -240,7 +334,8 @@ class Session:
         if minor != bundle.record.python:
             raise MismatchError(
                 f"The bundle {bundle.record.recipe} is for Python {bundle.record.python}, not {minor}.",
-                remedy=f"On the login node: envbuilder fetch {self.recipe_path} --python {minor}",
+                remedy=f'Add --python "$(command -v python{bundle.record.python})" to the command, or on the '
+                f"login node: envbuilder fetch {self.recipe_path} --python {minor}",
                 context={"bundle": bundle.path, "interpreter": interpreter},
             )
         return bundle

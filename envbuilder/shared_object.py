@@ -43,7 +43,7 @@ class SharedObjectError(ValueError):
     """A file is not a shared object that this machine's loader could take."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VersionNeed:
     """A symbol version that a file asks of a library."""
 

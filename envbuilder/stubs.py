@@ -14,7 +14,7 @@ _BUILD = "999999999"
 _EXTRA = re.compile(r"""\bextra\s*==\s*["']([^"']+)["']""")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KnownPackage:
     """A package whose requirements are given to the resolver, never read from an index: it is compiled from
     its sdist, or the machine provides it."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from envbuilder.display import human_bytes
+from envbuilder.slurm_time import slurm_time, spoken
 
 if TYPE_CHECKING:
     from envbuilder.compile.pipeline import CompileReport
     from envbuilder.fetch import FetchReport
     from envbuilder.install import InstallReport
+    from envbuilder.slurm.dry_run import DryRun, Hours
     from envbuilder.train import TrainReport
 
 
@@ -54,3 +56,41 @@ def trained(report: TrainReport) -> list[tuple[str, str]]:
     if outcome["peak_memory_bytes"]:
         shown.append(("peak memory", human_bytes(outcome["peak_memory_bytes"])))
     return shown
+
+
+def dry_run(run: DryRun, memory: str, unknown: str, *, is_chain: bool) -> list[tuple[str, str]]:
+    """What a job would come to. `memory` says whether it fits, `unknown` why nobody knows how long the work
+    takes; a chain is one job that lives several times."""
+    start = run.start
+    where = f" on {start.nodes}, {start.processors} processors" if start else ""
+    limit = slurm_time(run.walltime_s)
+    rows = [
+        (
+            "expected start",
+            f"{start.at}{where}" if start else "Slurm would take the job; it does not say when",
+        ),
+        ("time limit", limit),
+        ("one job", f"at most {_hours(run.one_job)}"),
+    ]
+    if run.estimate_s is None or run.whole is None or run.jobs is None:
+        rows += [("the whole work", f"unknown: {unknown}"), ("jobs", "unknown")]
+    else:
+        fits = "fits" if run.jobs == 1 else "does not fit"
+        many = f"{run.jobs} lives of one job" if is_chain else f"{run.jobs} jobs, one after the other"
+        rows += [
+            ("the whole work", f"about {spoken(run.estimate_s)}, {_hours(run.whole)}"),
+            ("jobs", "1" if run.jobs == 1 else many),
+            ("within the limit", f"the work {fits} into one job of {limit}"),
+        ]
+    rows += [("memory", memory)]
+    if run.runs > 1:
+        about = "at most, in one job each," if run.estimate_s is None else "about"
+        rows += [("the sweep", f"{run.runs} such runs, {about} {_hours(run.all_runs)} in all")]
+    if run.own_options:
+        rows += [("template", f"sets {', '.join(run.own_options)} itself; hours are of what it asks for")]
+    return rows
+
+
+def _hours(hours: Hours) -> str:
+    gpu = f"{hours.gpu_hours:.2f} GPU-hours and " if hours.gpu_hours else ""
+    return f"{gpu}{hours.core_hours:.2f} core-hours"

@@ -23,12 +23,13 @@ from envbuilder.errors import MismatchError
 from envbuilder.machine import MachineRecord
 from envbuilder.recipe import Recipe, TargetSpec
 
-_KNOWN_PYTHONS = tuple(f"3.{minor}" for minor in range(9, 16))
+_KNOWN_PYTHONS = tuple(f"3.{minor}" for minor in range(11, 16))
+"""From the oldest on that the bundle's start.py, the builds' front end and the trainer run under."""
 _PATCHES = 50
 """More patch releases than any Python has had."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """One CPython on one platform, in the terms of PEP 508 markers and PEP 425 tags."""
 
@@ -40,7 +41,7 @@ class Target:
 
 
 def python_versions(spec: TargetSpec) -> tuple[str, ...]:
-    """The minor Python versions that `spec` admits, oldest first."""
+    """The minor Python versions that an env can have and `spec` admits, oldest first."""
     wanted = SpecifierSet(spec.python)
     return tuple(python for python in _KNOWN_PYTHONS if admits(wanted, python))
 

@@ -7,13 +7,13 @@ Keys are written in kebab-case. An unknown key, a wrong type and an impossible v
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from envbuilder.errors import InputError
+from envbuilder.toml import tomllib
 
 
 class Table(BaseModel):
@@ -42,6 +42,7 @@ def pattern(expression: str, what: str) -> AfterValidator:
 
 
 EnvName = Annotated[str, pattern(r"[A-Za-z_][A-Za-z0-9_]*", "an environment variable's name")]
+AbsolutePath = Annotated[str, pattern(r"/[^\n\r\0]*", "an absolute path")]
 
 
 def load_table(path: Path, kind: type[AnyTable], *, example: str, manual: str) -> AnyTable:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from envbuilder.errors import InputError, MismatchError
 from envbuilder.gpu import architecture
 from envbuilder.process import run
@@ -18,7 +20,7 @@ _CXX_NAMES = ("g++", "c++", "clang++")
 _C_OF = {"g++": "gcc", "c++": "cc", "clang++": "clang"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HostCompiler:
     """The C++ compiler that compiles host code, also for nvcc."""
 
@@ -29,7 +31,7 @@ class HostCompiler:
     """First line of `--version`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CudaToolkit:
     """An nvcc with its headers and libraries."""
 
@@ -157,6 +159,19 @@ def check_toolkit(toolkit: CudaToolkit, torch_cuda: str | None, capabilities: Se
                     "expected": ", ".join(f"{code[:-1]}.{code[-1]}" for code in toolkit.architectures),
                 },
             )
+
+
+def older_than_torch(toolkit: CudaToolkit, torch_cuda: str | None) -> str | None:
+    """The warning where `toolkit` is of an earlier minor version than torch's CUDA ("12.8"); None where not.
+
+    Its code runs beside torch's: that holds within a major version. Only the headers may fall short.
+    """
+    if torch_cuda is None or Version(toolkit.version).release[:2] >= Version(torch_cuda).release[:2]:
+        return None
+    return (
+        f"nvcc is of CUDA {toolkit.version}, older than torch's {torch_cuda}. What it compiles runs; where a "
+        f"build lacks something of CUDA {torch_cuda}: module load cuda/{torch_cuda}"
+    )
 
 
 def make_cuda_home(

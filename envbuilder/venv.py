@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from uv import find_uv_bin
 
-from envbuilder.atomic import make_folder, no_room
+from envbuilder.atomic import make_folder, no_room, scratch_folder
 from envbuilder.bundle import hash_file
 from envbuilder.envlock import WheelFile, env_lock_text
 from envbuilder.errors import EnvbuilderError, IntegrityError, MismatchError
@@ -68,18 +67,18 @@ def install_wheels(venv: Path, wheels: Sequence[WheelFile], *, scratch: Path, re
     for wheel in wheels:
         _check_members(wheel.path)
     make_folder(scratch)
-    with tempfile.TemporaryDirectory(prefix="unpack-", dir=scratch, ignore_cleanup_errors=True) as private:
-        lock = Path(private) / "pylock.toml"
+    with scratch_folder(scratch, "unpack-") as private:
+        lock = private / "pylock.toml"
         lock.write_text(env_lock_text(wheels, lock.parent), encoding="utf-8")
         uv = [find_uv_bin(), "--quiet", "--offline", "--no-config", "--color=never", "pip", "install"]
         done = run(
             [
                 *uv,
                 *("--preview-features", "pylock", "--no-index", "--no-deps", "--link-mode=hardlink"),
-                *("--cache-dir", Path(private) / "cache", "--python", venv_python(venv), "-r", lock),
+                *("--cache-dir", private / "cache", "--python", venv_python(venv), "-r", lock),
             ],
             # No UV_* and PIP_* variables of the user's: they name indexes, constraints and caches.
-            env={"PATH": os.defpath, "HOME": private, "TMPDIR": private},
+            env={"PATH": os.defpath, "HOME": str(private), "TMPDIR": str(private)},
         )
     if done.returncode != 0:
         raise _failure(venv, wheels, done.output.strip(), remedy)

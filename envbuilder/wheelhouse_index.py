@@ -53,7 +53,7 @@ _HTML = """\
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WheelIndex:
     """One index."""
 
@@ -65,7 +65,7 @@ class WheelIndex:
     """Those that it offers, by package and version."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Link:
     """One wheel as a page has it."""
 

@@ -398,7 +398,7 @@ def test_a_large_body_without_a_length_arrives(large: IndexServer, client: httpx
 @pytest.mark.usefixtures("_impatient")
 def test_a_server_that_falls_silent_in_a_large_body_is_asked_again(large: IndexServer, part: Path) -> None:
     large.faults[LARGE_NAME] = [Fault(stall_after=2_000_000)]
-    with httpx.Client(timeout=httpx.Timeout(30, read=0.5), trust_env=False, verify=False) as client:
+    with httpx.Client(timeout=httpx.Timeout(60, read=3), trust_env=False, verify=False) as client:
         get_large(large.file_url(LARGE_NAME), client, part)
     assert ranges(large) == [None, "bytes=2000000-"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from uv import find_uv_bin
 from envbuilder.errors import IntegrityError, MismatchError
 from envbuilder.install import InstallReport, install_env
 from envbuilder.lock import Group
-from envbuilder.model import BuildReceipt, Bundle, EnvReceipt, Extension
+from envbuilder.model import Bundle, EnvReceipt, Extension
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe
 from envbuilder.report import Quiet
@@ -28,6 +27,7 @@ from envbuilder.venv import PROVIDED_PTH
 from envbuilder.wheelhouse import store_built
 from tests.lab.bundles import make_bundle
 from tests.lab.packages import make_sdist, make_wheel
+from tests.lab.receipts import build_receipt
 
 MINOR = ".".join(platform.python_version_tuple()[:2])
 RECIPE = Recipe.model_validate({"name": "lab", "requirements": ["one", "built"]})
@@ -50,34 +50,8 @@ def bundle_of(
     root = Root(folder / "root")
     wheel = make_wheel(made, "built", "2.0")
     wheel = wheel.rename(wheel.with_name("built-2.0-1_abc-py3-none-any.whl"))
-    store_built(
-        root,
-        wheel,
-        BuildReceipt(
-            package="built",
-            version="2.0",
-            sdist=sdist.name,
-            sdist_sha256=hashlib.sha256(sdist.read_bytes()).hexdigest(),
-            key="built-2.0-abc",
-            wheel=wheel.name,
-            wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            python=platform.python_version(),
-            torch=None,
-            torch_cuda=None,
-            cxx11_abi=None,
-            nvcc=None,
-            host_compiler="",
-            compute_capabilities=(),
-            architectures_kept=(),
-            architectures_dropped=(),
-            extensions=(Extension(module="built_ext", file="x.so", sha256="0", architectures=()),),
-            isolation="none",
-            environment={},
-            units=(),
-            seconds=0,
-            built_at="2026-01-01T00:00:00+00:00",
-        ),
-    )
+    extension = Extension(module="built_ext", file="x.so", sha256="0", architectures=())
+    store_built(root, wheel, build_receipt(sdist, wheel, extensions=(extension,)))
     return make_bundle(
         root,
         recipe,

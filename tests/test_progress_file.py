@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from envbuilder.paths import Root
-from envbuilder.progress_file import Progress, ProgressFile, progress_path, read_progress
+from envbuilder.progress_file import Progress, ProgressFile, job_progress, progress_path, read_progress
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -22,15 +22,42 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = read_progress(path)
     assert read is not None
     assert read == Progress(3, 9, ("a.cu", "b.cu"), 12.5, "building x 1.0", read.updated)
+    assert (read.life, read.node, read.ended) == (1, "", None)
     assert json.loads(path.read_text()) == {
         "done": 3,
         "total": 9,
         "running": ["a.cu", "b.cu"],
         "seconds_left": 12.5,
         "stage": "building x 1.0",
+        "figures": "",
+        "life": 1,
+        "node": "",
+        "ended": None,
         "updated": read.updated,
     }
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_job_says_which_life_it_is_in_and_with_what_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    root = Root(tmp_path)
+    ProgressFile(progress_path(root, "7")).write(done=3, total=9, stage="done", ended=75)
+    file = job_progress(root)
+    assert file is not None
+    file.begin()
+    begun = read_progress(progress_path(root, "7"))
+    assert begun is not None
+    assert (begun.life, begun.node, begun.ended) == (3, "node1", None)
+    assert (begun.done, begun.total, begun.stage) == (3, 9, "starting")
+    file.write(done=9, total=9, stage="linking")
+    file.end(6)
+    ended = read_progress(progress_path(root, "7"))
+    assert ended is not None
+    assert (ended.ended, ended.done, ended.stage) == (6, 9, "linking")
 
 
 @pytest.mark.parametrize("seconds", [None, math.inf, math.nan])

@@ -10,6 +10,7 @@ from envbuilder.toolchain import (
     check_toolkit,
     find_host_compiler,
     make_cuda_home,
+    older_than_torch,
     packaged_toolkit,
     system_toolkit,
 )
@@ -83,6 +84,14 @@ def test_the_major_version_must_be_that_of_torchs_cuda(tmp_path: Path) -> None:
     check_toolkit(toolkit_at(tmp_path), None, ["9.0"])
     with pytest.raises(MismatchError, match="major versions must agree"):
         check_toolkit(toolkit_at(tmp_path), "12.8", ["9.0"])
+
+
+def test_an_nvcc_that_is_older_than_torchs_cuda_within_a_major_version_is_a_warning(tmp_path: Path) -> None:
+    toolkit = toolkit_at(tmp_path, "12.6.85")
+    warned = older_than_torch(toolkit, "12.10")  # a number, not a text
+    assert warned is not None
+    assert "module load cuda/12.10" in warned
+    assert [older_than_torch(toolkit, cuda) for cuda in ("12.6", "12.4", None)] == [None] * 3
 
 
 def test_an_architecture_that_nvcc_cannot_make_is_refused_by_name(tmp_path: Path) -> None:

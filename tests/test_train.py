@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +29,14 @@ from envbuilder.errors import (
     TrainingError,
     UsageError,
 )
+from envbuilder.model import EnvReceipt
 from envbuilder.paths import Root
 from envbuilder.report import Quiet
-from envbuilder.train import TrainReport, run_training, supervision
-from envbuilder.train.launch import command_line, environment, visible_gpus
+from envbuilder.train import TimeEnded, TrainReport, run_training, supervision
+from envbuilder.train.allocation import Allocation
+from envbuilder.train.kernel_cache import KernelCache
+from envbuilder.train.launch import command_line, environment, node_command_line, visible_gpus
+from envbuilder.train.proof import prove_env
 from envbuilder.train.supervision import RUN_VARIABLE, processes_of
 
 # Does what its config says: lines of Python, with `run` (the run's folder), `metric` and `outcome` to hand.
@@ -50,6 +57,9 @@ def until(condition):
 exec(config.read_text())
 """
 
+# Names no data and no model: a stamp holds env and config alone.
+INSPECTION = 'print(\'{"config": {"data": null, "validation_data": null, "model": ""}}\')\n'
+
 # torchrun's part in this: starts the workers in sessions of their own, and says how the first one ended.
 TORCHRUN = """
 import os, subprocess, sys
@@ -67,6 +77,18 @@ for rank, code in enumerate(codes):
         print(f"Root Cause (first observed failure):\\n  rank : {rank}\\n  exitcode  : {code} (pid: 1)")
         sys.exit(1)
 """
+
+
+RECEIPT: dict[str, Any] = {
+    "recipe": "tiny",
+    "lock_sha256": "0" * 64,
+    "python": sys.version.split()[0],
+    "compute_capabilities": [],
+    "packages": [],
+    "extensions": [],
+    "provided": None,
+    "created_at": "2026-01-01T00:00:00Z",
+}
 
 
 @dataclass
@@ -103,6 +125,8 @@ class Lab:
         overrides: tuple[str, ...] = (),
         recipe_name: str = "tiny",
         run_name: str | None = None,
+        time_limit_s: int | None = None,
+        allow_drift: bool = False,
     ) -> TrainReport:
         config = self.folder / "small.yaml"
         config.write_text(body)
@@ -114,6 +138,8 @@ class Lab:
             overrides=overrides,
             run_name=run_name,
             reporter=self.reporter,
+            time_limit_s=time_limit_s,
+            allow_drift=allow_drift,
         )
 
     def processes(self) -> list[int]:
@@ -130,23 +156,14 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {
         "trainer/__init__.py": "",
         "trainer/__main__.py": STAND_IN,
+        "trainer/inspection.py": INSPECTION,
         "torch/__init__.py": "",
         "torch/distributed/__init__.py": "",
         "torch/distributed/run.py": TORCHRUN,
     }.items():
         (site_packages / name).parent.mkdir(exist_ok=True)
         (site_packages / name).write_text(text)
-    receipt = {
-        "recipe": "tiny",
-        "lock_sha256": "0" * 64,
-        "python": sys.version.split()[0],
-        "compute_capabilities": [],
-        "packages": [],
-        "extensions": [],
-        "provided": None,
-        "created_at": "2026-01-01T00:00:00Z",
-    }
-    (path / "envbuilder.json").write_text(json.dumps(receipt))
+    (path / "envbuilder.json").write_text(json.dumps(RECEIPT))
     return root
 
 
@@ -396,7 +413,7 @@ def test_visible_gpus_are_counted_as_cuda_counts_them(variables: dict[str, str],
 
 
 def test_one_process_needs_no_torchrun() -> None:
-    words = command_line(Path("/env/bin/python"), Path("/c.yaml"), Path("/run"), 1, ())
+    words = command_line(("/env/bin/python",), Path("/c.yaml"), Path("/run"), 1, ())
     assert words == ("/env/bin/python", "-m", "trainer", "/c.yaml", "--run-dir", "/run")
 
 
@@ -415,8 +432,195 @@ def test_what_would_change_the_run_from_outside_is_left_behind() -> None:
         "HF_HUB_OFFLINE": "0",
     }
     cores = len(os.sched_getaffinity(0))
-    made: dict[str, Any] = environment(outside, run=Path("/run"), cache=Path("/cache"), processes=cores)
+    made: dict[str, Any] = environment(
+        outside, run=Path("/run"), cache=KernelCache(Path("/cache"), Path("/kept")), processes=cores
+    )
     assert not set(made) & {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
     assert not set(made) & {"MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
     assert made["PATH"] == "/usr/bin"
     assert (made["OMP_NUM_THREADS"], made["HF_HUB_OFFLINE"], made["USE_HUB_KERNELS"]) == ("1", "1", "0")
+
+
+def installed(env: Path, name: str, version: str, **files: str) -> None:
+    """Puts a distribution into `env`, with its RECORD."""
+    site_packages = next((env / "lib").glob("python3.*")) / "site-packages"
+    info = f"{name}-{version}.dist-info"
+    content = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", **files}
+    (site_packages / info).mkdir()
+    record = ""
+    for path, text in content.items():
+        (site_packages / path).write_text(text)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        record += f"{path},sha256={digest},{len(text)}\n"
+    (site_packages / info / "RECORD").write_text(record + f"{info}/RECORD,,\n")
+
+
+@pytest.fixture
+def small_env(tmp_path: Path) -> Callable[[], tuple[str, ...]]:
+    """An env of one package; calling it proves the env, and gives what differs."""
+    env = tmp_path / "envs" / "tiny"
+    minor = ".".join(sys.version.split()[0].split(".")[:2])
+    (env / "lib" / f"python{minor}" / "site-packages").mkdir(parents=True)
+    installed(env, "tiny", "1.0", **{"tiny.py": "ONE = 1\n"})
+    packages = [{"name": "tiny", "version": "1.0", "wheel": "t.whl", "sha256": "0" * 64, "origin": "bundle"}]
+    receipt = EnvReceipt.model_validate({**RECEIPT, "packages": packages})
+    (env / "envbuilder.json").write_text(receipt.model_dump_json())
+    past = time.time() - 60
+    for path in env.rglob("*"):
+        os.utime(path, (past, past))
+    return lambda: prove_env(env, receipt).faults
+
+
+def library(folder: Path) -> Path:
+    return next((folder / "envs/tiny/lib").glob("python3.*")) / "site-packages"
+
+
+def test_an_env_as_it_was_installed_is_proved(small_env: Callable[[], tuple[str, ...]]) -> None:
+    assert small_env() == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda here: installed(here.parents[2], "stray", "2.0"), "stray 2.0 is not in the lock"),
+        (lambda here: shutil.rmtree(here / "tiny-1.0.dist-info"), "tiny 1.0 is missing"),
+        (lambda here: (here / "tiny.py").write_text("ONE = 100\n"), "has other bytes"),
+        (lambda here: (here / "tiny.py").write_text("ONE = 2\n"), "has other bytes"),  # of the same size
+        (lambda here: (here / "tiny.py").unlink(), "tiny.py is missing"),
+        (lambda here: (here / "tiny-1.0.dist-info/RECORD").unlink(), "RECORD is missing"),
+        (lambda here: (here / "x.pth").write_text("import os\n"), "x.pth is no package's"),
+    ],
+)
+def test_what_changed_in_an_env_is_named(
+    small_env: Callable[[], tuple[str, ...]], tmp_path: Path, change: Callable[[Path], object], fault: str
+) -> None:
+    change(library(tmp_path))
+    assert fault in "\n".join(small_env())
+
+
+def test_a_file_that_was_only_touched_is_the_same(
+    small_env: Callable[[], tuple[str, ...]], tmp_path: Path
+) -> None:
+    (library(tmp_path) / "tiny.py").touch()
+    assert small_env() == ()
+
+
+@pytest.fixture
+def drifted(lab: Lab) -> Iterator[None]:
+    site_packages = next((lab.root.env("tiny") / "lib").glob("python3.*")) / "site-packages"
+    installed(lab.root.env("tiny"), "stray", "2.0")
+    yield
+    shutil.rmtree(site_packages / "stray-2.0.dist-info")
+
+
+@pytest.mark.usefixtures("drifted")
+def test_an_env_that_has_drifted_is_refused_and_allowed_on_demand(lab: Lab) -> None:
+    with pytest.raises(MismatchError, match="not as it was installed: stray") as caught:
+        lab.train()
+    assert caught.value.exit_code == 7
+    assert "envbuilder install recipes/tiny.toml --reinstall" in caught.value.remedy
+    assert not lab.run.exists()
+    lab.train(allow_drift=True)
+    assert "stray 2.0 is not in the lock" in json.loads((lab.run / "stamp.json").read_text())["drift"]
+
+
+def test_the_trainer_is_told_its_stamp_and_when_it_must_end(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENVBUILDER_STAMP", '{"of": "another"}')
+    began = time.time()
+    lab.train(
+        "for name in ('STAMP', 'JOB_END'): print(os.environ['ENVBUILDER_' + name])\noutcome('finished', 0)",
+        time_limit_s=600,
+    )
+    stamp, end = (lab.run / "log.txt").read_text().splitlines()
+    assert json.loads(stamp) == json.loads((lab.run / "stamp.json").read_text())
+    assert set(json.loads(stamp)) == {"env", "env is of", "config", "config is of"}
+    assert began + 590 < int(end) < began + 630
+
+
+def test_a_stop_by_hand_is_no_time_s_end(lab: Lab) -> None:
+    when_exists(lab.run / "started", lambda: (lab.run / "stop").touch())
+    with pytest.raises(StoppedError) as caught:
+        lab.train("(run / 'started').touch()\nuntil((run / 'stop').exists)\noutcome('stopped', 75)")
+    assert not isinstance(caught.value, TimeEnded)
+
+
+def test_a_run_that_stops_by_itself_stops_for_the_time_s_end(lab: Lab) -> None:
+    error = {"message": "Stopped after step 2.", "remedy": "Again.", "context": {}}
+    rest = "more = {'jobs_left': 3, 'seconds_left': 3600, 'job_seconds': 1800}\n"
+    with pytest.raises(TimeEnded) as caught:
+        lab.train(
+            rest + f"fields = {{'status': 'stopped', 'exit_code': 75, 'error': {error}, **more}}\n"
+            "(run / 'outcome.json').write_text(json.dumps(fields))"
+        )
+    assert caught.value.message == (
+        "Stopped after step 2. About 60 min of training are left: about 3 more jobs of 30 min."
+    )
+
+
+def test_several_nodes_meet_at_the_first_on_a_port_of_the_job_s_own() -> None:
+    meeting = Allocation(2, "node1", 15_005, "5-0")
+    words = node_command_line(
+        ("/env/bin/python",), Path("/c.yaml"), Path("/run"), 4, (), meeting=meeting, number=1, name="node2"
+    )
+    line = " ".join(words)
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:15005 --rdzv-id 5-0" in line
+    assert "is_host=0 --local-addr node2" in line
+    assert "--standalone" not in line
+
+
+def test_libraries_that_would_shadow_torch_s_are_left_out(tmp_path: Path) -> None:
+    cuda, other = tmp_path / "cuda", tmp_path / "other"
+    for folder in (cuda, other):
+        folder.mkdir()
+    (cuda / "libcudart.so.12").touch()
+    cache = KernelCache(tmp_path / "local", tmp_path / "kept")
+    outside = {"LD_LIBRARY_PATH": f"{cuda}:{other}"}
+    made = environment(outside, run=tmp_path, cache=cache, processes=1)
+    assert made["LD_LIBRARY_PATH"] == str(other)
+    kept = environment(outside, run=tmp_path, cache=cache, processes=1, keep_cuda_libraries=True)
+    assert kept["LD_LIBRARY_PATH"] == f"{cuda}:{other}"
+
+
+def test_compiled_kernels_outlive_the_node_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "local", tmp_path / "kept")
+    entry = cache.local / "triton" / "KEY"
+    entry.mkdir(parents=True)
+    (entry / "k.cubin").write_text("machine code")
+    (entry / "tmp.pid_7").mkdir()
+    (entry / "tmp.pid_7" / "half").write_text("half")
+    (tmp_path / "kept/triton/KEY").mkdir(parents=True)
+    (tmp_path / "kept/triton/KEY/k.json").write_text("kept")
+    (entry / "k.json").write_text("another")
+    cache.save()
+    kept = {path.name: path.read_text() for path in cache.kept.rglob("*") if path.is_file()}
+    assert kept == {"k.cubin": "machine code", "k.json": "kept"}
+    elsewhere = KernelCache(tmp_path / "other-node", tmp_path / "kept")
+    elsewhere.seed()
+    assert (elsewhere.local / "triton/KEY/k.cubin").read_text() == "machine code"
+
+
+def test_kernels_that_another_user_compiled_are_found_where_they_are_copied_to(tmp_path: Path) -> None:
+    cache = KernelCache(tmp_path / "mine", tmp_path / "kept")
+    entry = cache.kept / "triton" / "KEY"
+    entry.mkdir(parents=True)
+    (entry / "k.cubin").write_text("machine code")
+    group = json.dumps({"child_paths": {"k.cubin": "/tmp/envbuilder-1/kernels/triton/KEY/k.cubin"}})
+    (entry / "__grp__k.json").write_text(group)
+    (entry / "__grp__strange.json").write_text("not JSON")
+    cache.seed()
+    copied = cache.local / "triton/KEY"
+    found = json.loads((copied / "__grp__k.json").read_text())["child_paths"]
+    assert found == {"k.cubin": str(copied / "k.cubin")}
+    assert (copied / "__grp__strange.json").read_text() == "not JSON"
+
+
+@pytest.mark.parametrize(("number", "is_time"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_of_the_signals_sigusr1_alone_tells_of_the_time_s_end(
+    lab: Lab, number: signal.Signals, is_time: bool
+) -> None:
+    when_exists(lab.run / "started", lambda: os.kill(os.getpid(), number))
+    with pytest.raises(StoppedError) as caught:
+        lab.train("(run / 'started').touch()\nuntil((run / 'stop').exists)\noutcome('stopped', 75)")
+    assert isinstance(caught.value, TimeEnded) is is_time

@@ -96,22 +96,24 @@ def own_component(wheel: OwnWheel, scope: ComponentScope) -> Component:
     )
 
 
-def model_component(model: LockedModel) -> Component:
-    """One model, with its files."""
-    owner, name = model.repo.split("/")
-    purl = PackageURL("huggingface", owner, name, model.commit)
+def model_component(bundle: Bundle, model: LockedModel) -> Component:
+    """One model, with its files. What is on no hub has its own name, and the type `generic`."""
+    kind = "huggingface" if model.repo else "generic"
+    owner, _, name = (model.repo or model.name).rpartition("/")
+    purl = PackageURL(kind, owner or None, name, model.commit)
+    provided = model.name in bundle.record.provided_models
     folder = f"{MODELS}/{model.name}"
     return Component(
         name=name,
-        group=owner,
+        group=owner or None,
         version=model.commit,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=f"model:{model.name}",
         purl=purl,
         scope=ComponentScope.REQUIRED,
         licenses=_licenses(model.license),
-        pedigree=Pedigree(commits=[Commit(uid=model.commit)]),
-        properties=_properties({"folder": folder}),
+        pedigree=Pedigree(commits=[Commit(uid=model.commit)]) if model.commit else None,
+        properties=_properties({"provided": "true"} if provided else {"folder": folder}),
         components=[
             Component(
                 name=file.name,
@@ -120,7 +122,7 @@ def model_component(model: LockedModel) -> Component:
                 hashes=[_sha256(file.sha256)],
                 properties=_properties(
                     {
-                        "file": f"{folder}/{file.name}",
+                        "file": "" if provided else f"{folder}/{file.name}",
                         "remote-code": "true" if file.name in model.remote_code else "",
                     }
                 ),

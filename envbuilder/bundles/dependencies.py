@@ -22,7 +22,7 @@ _LARGEST = 16 << 20
 """Bytes that a wheel's METADATA may have."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OwnWheel:
     """envbuilder's wheel, or its trainer's."""
 

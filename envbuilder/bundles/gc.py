@@ -1,8 +1,10 @@
-"""Removes from ROOT what nothing needs any more: stored files of no bundle, and what was left half done.
+"""Removes from ROOT what nothing needs any more: stored files of no bundle, images that newer ones have
+superseded, and what was left half done.
 
 Nothing is removed that somebody touched within the hour, for a fetch that is under way may have stored it
 and not yet put it into its bundle. That is judged by ctime: a new link, a new name and a new mode all set
-it, while a stored file's mtime may be years old. No link is followed to anything that is removed.
+it, while a stored file's mtime may be years old. No link is followed to anything that is removed. An image
+counts as touched as long as a program on any node uses it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from envbuilder.atomic import NEW_SUFFIX
 from envbuilder.bundle import RECORD
 from envbuilder.bundles.unpack import OLD_SUFFIX
 from envbuilder.errors import MismatchError
+from envbuilder.kept_images import image_marked_by, marker_of, superseded_at
 from envbuilder.paths import Root
 from envbuilder.report import Reporter
 
@@ -28,7 +32,7 @@ _UNTOUCHED = 3600.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GcReport:
     """What was removed, or would be."""
 
@@ -36,6 +40,8 @@ class GcReport:
     """Files, and folders with all that was in them."""
     bytes_freed: int
     """Sizes of the files whose last link that was: a file that a bundle holds too frees nothing."""
+    images: tuple[tuple[Path, int], ...]
+    """The images among them, with their sizes in bytes."""
     kept: tuple[tuple[Path, str], ...]
     """What nothing needs and could not be removed, and why: another user's files mostly."""
     dry_run: bool
@@ -50,6 +56,7 @@ def collect_garbage(root: Root, reporter: Reporter, *, dry_run: bool = False) ->
     now = time.time()
     garbage = sorted({path for path, touched in _candidates(root) if now - touched > _UNTOUCHED})
     removed: list[Path] = []
+    images: list[tuple[Path, int]] = []
     kept: list[tuple[Path, str]] = []
     links: dict[tuple[int, int], int] = {}
     freed = 0
@@ -65,13 +72,15 @@ def collect_garbage(root: Root, reporter: Reporter, *, dry_run: bool = False) ->
             kept.append((path, f"{error.strerror}, owner {_owner(path)}"))
             continue
         removed.append(path)
+        if path.parent == root.images and superseded_at(path) is not None:
+            images.append((path, files[0].st_size))
         for file in files:
             inode = (file.st_dev, file.st_ino)
             links[inode] = links.get(inode, file.st_nlink) - 1
             freed += file.st_size if links[inode] == 0 else 0
     if kept:
         reporter.warn(f"{len(kept)} files or folders that nothing needs could not be removed.")
-    return GcReport(tuple(removed), freed, tuple(kept), dry_run)
+    return GcReport(tuple(removed), freed, tuple(images), tuple(kept), dry_run)
 
 
 def _candidates(root: Root) -> Iterator[tuple[Path, float]]:
@@ -82,12 +91,30 @@ def _candidates(root: Root) -> Iterator[tuple[Path, float]]:
             yield Path(entry.path), _touched(entry)
     for entry in _entries(root.store / "partial"):
         yield Path(entry.path), _touched(entry)
-    for folder in (root.store, root.wheelhouse, root.cache, root.logs, root.path / "bundles"):
+    for entry in _entries(root.images):
+        last_used = _superseded(Path(entry.path))
+        if last_used is not None:
+            yield Path(entry.path), max(_touched(entry), last_used)
+    for folder in (root.store, root.wheelhouse, root.cache, root.logs, root.images, root.path / "bundles"):
         yield from _leftovers(folder)
     for entry in _entries(root.cache / "fetch"):
         name = entry.name.removesuffix(".json")
         if name != entry.name and _is_file(entry) and not os.path.lexists(root.bundle(name)):
             yield Path(entry.path), _touched(entry)
+
+
+def _superseded(path: Path) -> float | None:
+    """When somebody may last have begun to use the superseded image `path`, or that which `path` marks.
+
+    None for anything else. A command that starts takes the image that counts, and marks it a moment later.
+    """
+    image = image_marked_by(path) or path
+    superseded = superseded_at(image)
+    if superseded is None:
+        return None
+    with suppress(OSError):  # it was never used
+        superseded = max(superseded, marker_of(image).lstat().st_ctime)
+    return superseded
 
 
 def _leftovers(folder: Path) -> Iterator[tuple[Path, float]]:

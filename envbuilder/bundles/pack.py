@@ -21,9 +21,10 @@ from pydantic import ValidationError
 
 from envbuilder.atomic import NEW_SUFFIX, make_folder, new_file, no_room, writing
 from envbuilder.bundle import RECORD
-from envbuilder.bundle_contents import inventory, open_plain, pieces
+from envbuilder.bundle_contents import inventory
 from envbuilder.bundles.unpack import END, MANIFEST, SCRIPT, Entry, Manifest, archive_size, header, padding
 from envbuilder.errors import IntegrityError
+from envbuilder.hashing import Hasher, hashing, open_plain
 from envbuilder.model import Bundle, BundleRecord
 from envbuilder.report import Reporter
 
@@ -31,7 +32,7 @@ _ABANDONED = 3600.0
 """Seconds without a write after which another pack has surely ended."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackReport:
     """What a pack made."""
 
@@ -66,12 +67,19 @@ def pack_bundle(bundle: Bundle, destination: Path, reporter: Reporter) -> PackRe
         _remove_abandoned(archive)
         if size > shutil.disk_usage(archive.parent).free:
             raise no_room(archive, size, "the disk has less left")
-    with new_file(archive, size=size) as tar:
+    with new_file(archive, size=size) as tar, hashing() as hasher:
+        done = 0
+
+        def copied(more: int) -> None:
+            nonlocal done
+            done += more
+            reporter.progress("pack", done, size, "bytes")
+
         for member, data in ((SCRIPT, script), (MANIFEST, content)):
             tar.write(header(member, len(data)) + data + padding(len(data)))
         for entry in manifest.files:
             tar.write(header(f"{name}/{entry.path}", entry.size))
-            _copy(bundle, entry, tar, lambda: reporter.progress("pack", tar.tell(), size, "bytes"))
+            _copy(bundle, entry, tar, hasher, copied)
             tar.write(padding(entry.size))
         tar.write(END)
         reporter.progress("pack", size, size, "bytes")
@@ -111,23 +119,16 @@ def _size(bundle: Bundle, path: str) -> int:
     return found.st_size
 
 
-def _copy(bundle: Bundle, entry: Entry, tar: BinaryIO, copied: Callable[[], None]) -> None:
-    digest, size = hashlib.sha256(), 0
+def _copy(bundle: Bundle, entry: Entry, tar: BinaryIO, hasher: Hasher, copied: Callable[[int], None]) -> None:
+    path = bundle.path / entry.path
     try:
-        source = open_plain(bundle.path / entry.path)
+        open_plain(path).close()
     except OSError as error:
         raise _changed(bundle, entry.path, str(error.strerror)) from error
-    with source:
-        for piece in pieces(source):
-            size += len(piece)
-            if size > entry.size:
-                break
-            digest.update(piece)
-            tar.write(piece)
-            copied()
+    got, size = hasher.copy(path, entry.size, tar, copied)
     if size != entry.size:
         raise _changed(bundle, entry.path, f"it has not {entry.size:,} bytes")
-    if (got := digest.hexdigest()) != entry.sha256:
+    if got != entry.sha256:
         raise _changed(bundle, entry.path, f"expected sha256 {entry.sha256}, got {got}")
 
 

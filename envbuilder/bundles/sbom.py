@@ -55,7 +55,7 @@ def bill_of_materials(bundle: Bundle) -> str:
     components |= {wheel.name: own_component(wheel, ComponentScope.REQUIRED) for wheel in trainer}
     in_graph = {id(component) for component in components.values()}
     others = [component for _, component in packages if id(component) not in in_graph]
-    models = [model_component(model) for model in bundle.lock.models]
+    models = [model_component(bundle, model) for model in bundle.lock.models]
     root = environment_component(bundle, recipe)
 
     bom = Bom(

@@ -16,7 +16,7 @@ _ERRORS: dict[int, type[EnvbuilderError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UnpackReport:
     """What an unpacking did."""
 

@@ -11,19 +11,46 @@ from pathlib import Path
 from rich.console import Console
 
 from envbuilder import display
-from envbuilder.cli import building, bundle, doctoring, locking, probing, status, training
-from envbuilder.cli.app import app
+from envbuilder.cli import (
+    building,
+    bundle,
+    doctoring,
+    imaging,
+    locking,
+    probing,
+    reporting,
+    sharing,
+    status,
+    sweeping,
+    training,
+)
+from envbuilder.cli.app import app, own_job
 from envbuilder.errors import EnvbuilderError
 
-__all__ = ["building", "bundle", "doctoring", "locking", "main", "probing", "status", "training"]
+__all__ = [
+    "building",
+    "bundle",
+    "doctoring",
+    "imaging",
+    "locking",
+    "main",
+    "probing",
+    "reporting",
+    "sharing",
+    "status",
+    "sweeping",
+    "training",
+]
 
 _FLAGS = frozenset({"--json", "--quiet", "-q", "--verbose", "-v"})
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
     """The flags that every command takes may stand anywhere; the parser wants them before the command."""
-    flags = [word for word in arguments if word in _FLAGS]
-    return [*flags, *(word for word in arguments if word not in _FLAGS)]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, others = arguments[:end], arguments[end:]
+    flags = [word for word in own if word in _FLAGS]
+    return [*flags, *(word for word in own if word not in _FLAGS), *others]
 
 
 def _upgrades_apart(arguments: list[str]) -> list[str]:
@@ -48,6 +75,14 @@ def main() -> None:
     arguments = _upgrades_apart(_flags_first(sys.argv[1:]))
     # The end of a Slurm job comes as SIGTERM: like Ctrl-C (exit 130), it must leave nothing half-made behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _run(arguments)
+    except SystemExit as ended:
+        own_job.end(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        raise
+
+
+def _run(arguments: list[str]) -> None:
     try:
         app(arguments)
     except EnvbuilderError as error:

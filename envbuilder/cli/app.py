@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 from rich.console import Console
+from typing_extensions import get_annotations
 
 from envbuilder import __version__, display
 from envbuilder.paths import Root
+from envbuilder.progress_file import ProgressFile, job_progress
 from envbuilder.session import Session
 
 if TYPE_CHECKING:
     from envbuilder.slurm.submit import Submitted
 
-app = typer.Typer(
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+class Commands(typer.Typer):
+    """Commands whose options typer finds on Python 3.9 too, where it leaves postponed annotations as text."""
+
+    def command(self, *words: Any, **settings: Any) -> Callable[[AnyFunction], AnyFunction]:
+        register = super().command(*words, **settings)
+        return lambda function: register(_with_annotations(function))
+
+    def callback(self, *words: Any, **settings: Any) -> Callable[[AnyFunction], AnyFunction]:
+        register = super().callback(*words, **settings)
+        return lambda function: register(_with_annotations(function))
+
+
+def _with_annotations(function: AnyFunction) -> AnyFunction:
+    function.__annotations__ = get_annotations(function, eval_str=True)
+    return function
+
+
+app = Commands(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,6 +73,10 @@ class Options:
         """`result` with plain lines for people."""
         self.result(data, lambda console: console.print(*lines, sep="\n", highlight=False, markup=False))
 
+    def script(self, text: str) -> None:
+        """Prints a batch script as it is."""
+        self.result({"script": text}, lambda console: console.out(text, end="", highlight=False))
+
     def submitted(self, job: Submitted) -> None:
         """Prints the Slurm job that a command has submitted in its place."""
         self.lines(
@@ -59,21 +86,54 @@ class Options:
         )
 
 
+class OwnJob:
+    """The Slurm job whose program this process is: its follower reads that it began, and how it ended."""
+
+    def __init__(self) -> None:
+        self._file: ProgressFile | None = None
+
+    def begin(self, root: Root) -> None:
+        """For a command that jobs are submitted with; outside of a job it does nothing."""
+        self._file = job_progress(root)
+        if self._file is not None:
+            self._file.begin()
+
+    def end(self, exit_code: int) -> None:
+        """The last thing that the process does; nothing where no command began as a job."""
+        if self._file is not None:
+            sys.stdout.flush()
+            self._file.end(exit_code)
+
+
+own_job = OwnJob()
+
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, e.g. recipes/quickstart.toml.")
 ]
 PythonExe = Annotated[
-    Path | None,
+    Optional[Path],
     typer.Option("--python", help="Interpreter to build for (default: the provider's, else this one)."),
 ]
 LockFolder = Annotated[
-    Path | None,
+    Optional[Path],
     typer.Option("--lockfiles", help="Folder of the locks (default: lockfiles/ beside the recipe's folder)."),
 ]
 
 SiteName = Annotated[
-    str | None,
+    Optional[str],
     typer.Option("--site", help="The site's name (recipes/sites/NAME.toml) or file, for --sbatch."),
+]
+
+PrintScript = Annotated[
+    bool, typer.Option("--print-script", help="Print what --sbatch would submit, and submit nothing.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say when it would start and what it would take, and submit nothing."),
+]
+ScriptTemplate = Annotated[
+    Optional[Path],
+    typer.Option("--template", metavar="FILE", help="Your own batch script, with a place for {{command}}."),
 ]
 
 
@@ -87,7 +147,7 @@ def _version(wanted: bool) -> None:
 def options(
     context: typer.Context,
     root: Annotated[
-        Path | None,
+        Optional[Path],
         typer.Option(
             help="The tool's folder on the shared disk (default: $ENVBUILDER_ROOT, else .envbuilder)."
         ),

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from envbuilder import summary
-from envbuilder.cli.app import Options, PythonExe, RecipePath, SiteName, app
+from envbuilder.cli.app import (
+    DryRun,
+    Options,
+    PrintScript,
+    PythonExe,
+    RecipePath,
+    ScriptTemplate,
+    SiteName,
+    app,
+    own_job,
+)
 from envbuilder.errors import StoppedError, UsageError
 from envbuilder.progress_file import job_progress
 from envbuilder.session import Session
@@ -39,14 +49,21 @@ def compile_(
         bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it alone.")
     ] = True,
     requeue: Annotated[
-        bool, typer.Option("--requeue", help="The job runs itself again until all is built.")
-    ] = False,
+        Optional[bool],
+        typer.Option(
+            "--requeue/--no-requeue",
+            help="The job runs itself again until all is built (default: the site's allow-chain).",
+        ),
+    ] = None,
     after: Annotated[
-        str | None, typer.Option(metavar="JOB", help="Start the job when this one has ended.")
+        Optional[str], typer.Option(metavar="JOB", help="Start the job when this one has ended.")
     ] = None,
     wait_for_qos: Annotated[
         bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")
     ] = False,
+    print_script: PrintScript = False,
+    dry_run: DryRun = False,
+    template: ScriptTemplate = None,
     requeue_job: Annotated[bool, typer.Option("--requeue-job", hidden=True)] = False,
 ) -> None:
     """Build the source packages into the wheelhouse, without internet, and install the env (compute node)."""
@@ -61,9 +78,11 @@ def compile_(
             "--sbatch goes with --site, and only with it.",
             remedy=f"envbuilder compile {recipe} --sbatch --site generic",
         )
-    if site is None and (requeue or after or wait_for_qos):
+    for_a_job = requeue is not None or after or wait_for_qos or print_script or dry_run or template
+    if site is None and for_a_job:
         raise UsageError(
-            "--requeue, --after and --wait-for-qos are for a Slurm job: they go with --sbatch.",
+            "--requeue, --after, --wait-for-qos, --print-script, --dry-run and --template are for a job: "
+            "they go with --sbatch.",
             remedy=f"envbuilder compile {recipe} --sbatch --site generic",
         )
     session = opts.session(recipe)
@@ -72,18 +91,23 @@ def compile_(
         flags += ["--require-isolation"] if require_isolation else []
         flags += ["--rebuild"] if rebuild else []
         flags += ["--prove"] if prove else []
-        from envbuilder.cli.submitting import compile_in_a_job
-        from envbuilder.site import load_site
-        from envbuilder.slurm.submit import Wishes
+        from envbuilder.cli.submitting import Instead, compile_in_a_job
 
-        wishes = Wishes(
+        compile_in_a_job(
+            opts,
+            session,
+            recipe,
+            site,
+            flags,
             requeue=requeue,
             after=after,
             wait_for_qos=wait_for_qos,
-            estimate_s=session.estimated_seconds(load_site(site).build.cpus),
+            template=template,
+            wait=wait,
+            instead=Instead(print_script, dry_run),
         )
-        compile_in_a_job(opts, session, recipe, site, flags, wishes, wait=wait)
         return
+    own_job.begin(opts.root)
     try:
         _compile_here(
             opts, session, python, require_isolation=require_isolation, rebuild=rebuild, prove=prove
@@ -131,9 +155,15 @@ def install(
     reinstall: Annotated[
         bool, typer.Option("--reinstall", help="Make the env anew, whatever is there.")
     ] = False,
+    image: Annotated[bool, typer.Option("--image", help="Make it as one squashfs file.")] = False,
 ) -> None:
     """Make the env from bundle and wheelhouse alone."""
     opts: Options = context.obj
+    if image:
+        from envbuilder.cli.imaging import install_image
+
+        install_image(opts, recipe, python, reinstall=reinstall)
+        return
     report = opts.session(recipe).install(python, reinstall=reinstall)
     opts.lines(
         {"env": report.path, "packages": len(report.receipt.packages), "seconds": report.seconds},

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from envbuilder import bundles
 from envbuilder.atomic import write_atomically
 from envbuilder.bundle import open_bundle
-from envbuilder.cli.app import Options, app
+from envbuilder.cli.app import Commands, Options, app
+from envbuilder.cli.login import LoginSite, cpu_seconds, on_login_node
 from envbuilder.display import human_bytes
 from envbuilder.errors import UsageError
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
+from envbuilder.provided_models import absent, models_of_bundle, name_place
 
-commands = typer.Typer(no_args_is_help=True, help="Carry, check and account for a bundle, offline.")
+commands = Commands(no_args_is_help=True, help="Carry, check and account for a bundle, offline.")
 app.add_typer(commands, name="bundle")
 
 BundleName = Annotated[
@@ -25,20 +27,24 @@ BundleName = Annotated[
 
 
 @commands.command()
-def verify(context: typer.Context, bundle: BundleName) -> None:
+def verify(context: typer.Context, bundle: BundleName, site: LoginSite = None) -> None:
     """Read every byte, and list all that is changed, missing or strange (exit 5)."""
     opts: Options = context.obj
-    report = bundles.verify_bundle(*_place(opts, bundle), opts.reporter)
+    with on_login_node(site, kept="What was hashed is recorded, and not read again for a day."):
+        report = bundles.verify_bundle(*_place(opts, bundle), opts.reporter)
+    earlier = f" ({report.recorded} of them hashed before it was cut off)" if report.recorded else ""
     opts.lines(
         {
             "bundle": report.bundle,
             "files": report.files,
             "bytes": report.bytes,
+            "recorded": report.recorded,
             "leftovers": report.leftovers,
             "seconds": report.seconds,
+            "cpu_seconds": cpu_seconds(),
         },
-        f"{report.bundle}: {report.files} files, {human_bytes(report.bytes)}, all as locked; "
-        f"{report.seconds:.1f} s, {human_bytes(report.bytes / max(report.seconds, 1e-3))}/s",
+        f"{report.bundle}: {report.files} files{earlier}, {human_bytes(report.bytes)}, all as locked; "
+        f"in {report.seconds:.1f} s, {cpu_seconds()} CPU seconds",
     )
 
 
@@ -49,10 +55,13 @@ def pack(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file, or the folder for NAME.tar.")] = (
         Path()
     ),
+    site: LoginSite = None,
 ) -> None:
     """Pack a bundle into one file that unpacks with nothing but Python on the other side."""
     opts: Options = context.obj
-    report = bundles.pack_bundle(_open(opts, bundle), output, opts.reporter)
+    packed = _open(opts, bundle)
+    with on_login_node(site, kept="It begins anew: nothing is left of the archive."):
+        report = bundles.pack_bundle(packed, output, opts.reporter)
     opts.lines(
         {
             "archive": report.archive,
@@ -60,11 +69,18 @@ def pack(
             "bytes": report.bytes,
             "manifest_sha256": report.manifest_sha256,
             "seconds": report.seconds,
+            "cpu_seconds": cpu_seconds(),
+            "not_packed": packed.record.provided_models,
         },
-        f"{report.archive}: {report.files} files, {human_bytes(report.bytes)}, in {report.seconds:.1f} s",
+        f"{report.archive}: {report.files} files, {human_bytes(report.bytes)}, in {report.seconds:.1f} s, "
+        f"{cpu_seconds()} CPU seconds",
         "On the other side, with Python alone:",
         f"  tar -xOf {report.archive.name} unpack.py | python3 - {report.archive.name} ROOT "
         f"{report.manifest_sha256}",
+        *(
+            f"The model {name} is not in it: the machine has it, at {folder}."
+            for name, folder in packed.record.provided_models.items()
+        ),
     )
 
 
@@ -73,12 +89,15 @@ def unpack(
     context: typer.Context,
     archive: Annotated[Path, typer.Argument(metavar="FILE", help="What `bundle pack` wrote.")],
     manifest_sha256: Annotated[
-        str | None, typer.Option(help="The hash that `bundle pack` printed: a tampered file is refused.")
+        Optional[str], typer.Option(help="The hash that `bundle pack` printed: a tampered file is refused.")
     ] = None,
 ) -> None:
     """Unpack a packed bundle into ROOT, every byte checked first."""
     opts: Options = context.obj
     report = bundles.unpack_bundle(opts.root, archive, opts.reporter, manifest_sha256=manifest_sha256)
+    for provided in models_of_bundle(open_bundle(opts.root, report.bundle.name)):
+        if not provided.folder.is_dir():
+            opts.reporter.warn(f"{absent(provided)} {name_place(report.bundle.name, provided)}")
     opts.lines(
         {
             "bundle": report.bundle,
@@ -96,7 +115,7 @@ def sbom(
     context: typer.Context,
     bundle: BundleName,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write (default: print).")
+        Optional[Path], typer.Option("--output", "-o", help="The file to write (default: print).")
     ] = None,
 ) -> None:
     """Write the bill of materials: packages, models, patches, licenses (CycloneDX JSON)."""
@@ -124,7 +143,7 @@ def gc(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Remove from ROOT what no bundle needs and nobody has touched for an hour."""
+    """Remove from ROOT what no bundle needs, and superseded images, if nobody used them for an hour."""
     opts: Options = context.obj
     report = bundles.collect_garbage(opts.root, opts.reporter, dry_run=dry_run)
     done = "would be removed" if dry_run else "removed"
@@ -132,10 +151,12 @@ def gc(
         {
             "removed": report.removed,
             "bytes_freed": report.bytes_freed,
+            "images": report.images,
             "kept": report.kept,
             "dry_run": dry_run,
         },
         f"{len(report.removed)} {done}, {human_bytes(report.bytes_freed)} freed",
+        *(f"  {done}: {path}, {human_bytes(size)}" for path, size in report.images),
         *(f"  left: {path}: {why}" for path, why in report.kept),
     )
 

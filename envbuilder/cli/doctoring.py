@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from envbuilder import display
-from envbuilder.cli.app import Options, SiteName, app
+from envbuilder.cli.app import Options, app
+from envbuilder.cli.imaging import IMAGE_AT, again_in_image
 from envbuilder.errors import DoctorError
 from envbuilder.findings import counts
 from envbuilder.model import Finding
@@ -28,9 +29,9 @@ _TOOLCHAIN = "toolchain.extension"
 @app.command()
 def doctor(
     context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]")] = None,
+    recipe: Annotated[Optional[Path], typer.Argument(metavar="[RECIPE]")] = None,
     only: Annotated[
-        list[str] | None,
+        Optional[list[str]],
         typer.Option(help="Run this check alone, or those of this theme (may be repeated)."),
     ] = None,
     quick: Annotated[
@@ -39,17 +40,25 @@ def doctor(
     toolchain: Annotated[
         bool, typer.Option("--toolchain", help="Compile and link a small extension too, before a long build.")
     ] = False,
-    site: SiteName = None,
+    site: Annotated[
+        Optional[str],
+        typer.Option(
+            "--site",
+            envvar="ENVBUILDER_SITE",
+            help="The site, by name (recipes/sites/NAME.toml) or file: check what it names too.",
+        ),
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A training config: check its model, data and memory too.")
+        Optional[Path], typer.Option(help="A training config: check its model, data and memory too.")
     ] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
     log: Annotated[
-        str | None, typer.Option(help="Explain a failed build's or job's log (- for standard input).")
+        Optional[str], typer.Option(help="Explain a failed build's or job's log (- for standard input).")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write one HTML file for the help desk, without names and secrets.")
+        Optional[Path], typer.Option(help="Write one HTML file for the help desk, without names and secrets.")
     ] = None,
+    image_at: Annotated[Optional[Path], typer.Option(IMAGE_AT, hidden=True)] = None,
 ) -> None:
     """Say what is wrong, prove it, and give the command that mends it."""
     from envbuilder.doctor import CHECKS, Subject, choose_checks, explain_log, run_checks
@@ -60,9 +69,13 @@ def doctor(
     if list_checks:
         opts.result(_checks_data(CHECKS), lambda console: display.print_checks(console, CHECKS))
         return
+    if recipe is not None and image_at is None and log is None:
+        ended = again_in_image(opts, opts.session(recipe).recipe.name)
+        if ended is not None:
+            raise typer.Exit(ended)
     described = load_site(site) if site else None
     if recipe is not None:
-        subject = opts.session(recipe).subject(site=described, config=config)
+        subject = opts.session(recipe).subject(site=described, config=config, image_at=image_at)
     else:
         subject = Subject(None, opts.root, None, site=described, config=config)
     if log is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,15 +18,15 @@ from envbuilder.machine import machine_text
 def probe(
     context: typer.Context,
     python: Annotated[
-        Path | None,
+        Optional[Path],
         typer.Option(help="Interpreter to describe (default: the recipe's provider's, else this one)."),
     ] = None,
     provided: Annotated[
-        list[str] | None,
+        Optional[list[str]],
         typer.Option(metavar="NAME", help="A package that the machine provides (may be repeated)."),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="A recipe whose provided packages to look for.")
+        Optional[Path], typer.Option(metavar="RECIPE", help="A recipe whose provided packages to look for.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The record to write.")] = Path("target.json"),
     sbatch: Annotated[bool, typer.Option("--sbatch", help="Submit this command as a Slurm job.")] = False,

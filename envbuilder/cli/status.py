@@ -1,10 +1,10 @@
-"""`status`: what waits and runs in the queue, what is built, and which envs there are."""
+"""`status`: what waits and runs in the queue, the runs, what is built, and which envs there are."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -12,28 +12,29 @@ from rich.console import Console
 from envbuilder import display
 from envbuilder.cli.app import Options, app
 from envbuilder.errors import IntegrityError
-from envbuilder.model import BuiltWheel, EnvReceipt, read_record
+from envbuilder.kept_images import KeptImage, kept_images
+from envbuilder.model import ENV_RECEIPT, BuiltWheel, EnvReceipt, read_record
 from envbuilder.paths import Root
 from envbuilder.recipe import Recipe, load_recipe
 from envbuilder.wheelhouse import all_built
 
 if TYPE_CHECKING:
+    from envbuilder.run_report import RunNow
     from envbuilder.slurm.overview import JobNow
-
-_ENV_RECEIPT = "envbuilder.json"
+    from envbuilder.slurm.sweep_queue import Task
 
 
 @app.command()
 def status(
     context: typer.Context,
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="Only what belongs to this recipe.")
+        Optional[Path], typer.Argument(metavar="[RECIPE]", help="Only what belongs to this recipe.")
     ] = None,
     follow: Annotated[
-        str | None, typer.Option("--follow", metavar="JOB", help="Follow this job of yours to its end.")
+        Optional[str], typer.Option("--follow", metavar="JOB", help="Follow this job of yours to its end.")
     ] = None,
 ) -> None:
-    """Say what is queued and running, what is built, and which envs there are."""
+    """Say what is queued and running, how far runs are, what is built, and which envs there are."""
     opts: Options = context.obj
     if follow is not None:
         _follow(opts, follow)
@@ -41,14 +42,18 @@ def status(
     wanted = load_recipe(recipe) if recipe else None
     jobs, silence = _jobs(opts.root, wanted)
     built, envs = _built(opts.root, wanted), _envs(opts.root, wanted)
+    images = [image for image in kept_images(opts.root) if wanted is None or image.recipe == wanted.name]
+    runs = _runs(opts.root, wanted)
     opts.result(
         {
             "jobs": [_job_data(job) for job in jobs],
             "slurm": silence,
+            "runs": [asdict(run) for run in runs],
             "built": [_built_data(wheel) for wheel in built],
             "envs": [_env_data(folder, receipt) for folder, receipt in envs],
+            "images": [asdict(image) for image in images],
         },
-        lambda console: _show(console, opts.root, jobs, silence, built, envs),
+        lambda console: _show(console, opts.root, jobs, silence, runs, built, envs, images),
     )
 
 
@@ -56,10 +61,27 @@ def _follow(opts: Options, job_id: str) -> None:
     from envbuilder.cli.submitting import print_ended
     from envbuilder.slurm.follow import follow
     from envbuilder.slurm.overview import log_of
+    from envbuilder.slurm.sweep_queue import tasks_of_array
 
     log = log_of(opts.root, job_id)
+    if tasks := tasks_of_array(opts.root, job_id):
+        _follow_array(opts, job_id, tasks)
+        return
     again = "envbuilder compile RECIPE --sbatch --site SITE"
     print_ended(opts, follow(job_id, log, root=opts.root, reporter=opts.reporter, again=again))
+
+
+def _follow_array(opts: Options, job_id: str, tasks: tuple[Task, ...]) -> None:
+    from envbuilder.cli.sweep_standing import follow_tasks, print_standing
+    from envbuilder.slurm.submit import array_of, submitted_with
+    from envbuilder.sweep_record import read_sweep
+
+    array = array_of(opts.root, job_id)
+    sweep = read_sweep(opts.root, array.sweep) if array else None
+    assert sweep is not None, "it has tasks"
+    again = submitted_with(opts.root, job_id) or "envbuilder sweep CONFIG --recipe NAME --site SITE --over …"
+    failures = follow_tasks(opts, sweep, tasks, again)
+    print_standing(opts, sweep, tasks, failures, again, is_over=True)
 
 
 def _jobs(root: Root, recipe: Recipe | None) -> tuple[list[JobNow], str | None]:
@@ -82,7 +104,7 @@ def _built(root: Root, recipe: Recipe | None) -> list[BuiltWheel]:
 
 def _envs(root: Root, recipe: Recipe | None) -> list[tuple[Path, EnvReceipt]]:
     found = []
-    for path in sorted(root.env("*").parent.glob(f"*/{_ENV_RECEIPT}")):
+    for path in sorted(root.env("*").parent.glob(f"*/{ENV_RECEIPT}")):
         try:
             receipt = read_record(path, EnvReceipt, remedy="")
         except IntegrityError:  # Being made, or of another version: as good as none.
@@ -92,9 +114,22 @@ def _envs(root: Root, recipe: Recipe | None) -> list[tuple[Path, EnvReceipt]]:
     return found
 
 
+def _runs(root: Root, recipe: Recipe | None) -> list[RunNow]:
+    from envbuilder.run_report import runs_now
+    from envbuilder.train.supervision import processes_of
+
+    return runs_now(root, recipe.name if recipe else None, is_here=lambda run: bool(processes_of(run)))
+
+
 def _job_data(job: JobNow) -> dict[str, Any]:
     progress = asdict(job.progress) if job.progress else None
-    return {**asdict(job.listed), "waits_for": job.waits_for, "progress": progress, "log": job.log}
+    return {
+        **asdict(job.listed),
+        "waits_for": job.waits_for,
+        "run": job.run,
+        "progress": progress,
+        "log": job.log,
+    }
 
 
 def _built_data(wheel: BuiltWheel) -> dict[str, Any]:
@@ -126,11 +161,13 @@ def _show(
     root: Root,
     jobs: list[JobNow],
     silence: str | None,
+    runs: list[RunNow],
     built: list[BuiltWheel],
     envs: list[tuple[Path, EnvReceipt]],
+    images: list[KeptImage],
 ) -> None:
-    rows = [(job.listed.id, _job_words(job)) for job in jobs] or [("none", silence or "queued or running")]
-    display.print_summary(console, "jobs", rows)
+    display.print_summary(console, "jobs", _job_rows(jobs) or [("none", silence or "queued or running")])
+    display.print_summary(console, "runs", [(run.name, _run_words(run)) for run in runs] or [("none", "")])
     display.print_summary(
         console,
         f"built, in {root.wheelhouse}",
@@ -145,13 +182,36 @@ def _show(
         ]
         or [("none", "")],
     )
+    if images:
+        display.print_summary(console, "images", [(str(image.path), _image_words(image)) for image in images])
+
+
+def _job_rows(jobs: list[JobNow]) -> list[tuple[str, str]]:
+    """A row for each job, but one for all tasks of an array that wait for the same."""
+    groups: dict[tuple[str, str | None], list[JobNow]] = {}
+    for job in jobs:
+        array, _, index = job.listed.id.partition("_")
+        alike = (array, job.waits_for) if index and job.waits_for else (job.listed.id, None)
+        groups.setdefault(alike, []).append(job)
+    return [_job_row(alike) for alike in groups.values()]
+
+
+def _job_row(alike: list[JobNow]) -> tuple[str, str]:
+    from envbuilder.sweep import ranges
+
+    job_id, words = alike[0].listed.id, _job_words(alike[0])
+    if len(alike) == 1:
+        return job_id, words
+    indices = ranges(sorted(int(job.listed.id.partition("_")[2]) for job in alike))
+    return f"{job_id.partition('_')[0]}_[{indices}]", f"{len(alike)} runs of {words}"
 
 
 def _job_words(job: JobNow) -> str:
     from envbuilder.slurm_time import spoken
 
     listed = job.listed
-    words = [f"{listed.name}: {listed.state.lower()}"]
+    run = f" ({job.run})" if job.run and job.waits_for is None else ""
+    words = [f"{listed.name}{run}: {listed.state.lower()}"]
     if job.waits_for is not None:
         words.append(job.waits_for)
         if listed.start not in ("N/A", ""):
@@ -159,10 +219,31 @@ def _job_words(job: JobNow) -> str:
         return "; ".join(words)
     words.append(f"for {listed.used}, at most {listed.left} more")
     if job.progress is not None:
-        words.append(f"{job.progress.done} of {job.progress.total} units; {job.progress.stage}")
+        counted = f"{job.progress.done} of {job.progress.total} {job.work.unit}; "
+        words.append((counted if job.progress.total else "") + job.progress.stage)
         if job.progress.seconds_left is not None:
             words.append(f"about {spoken(job.progress.seconds_left)} left")
     return "; ".join(words)
+
+
+def _run_words(run: RunNow) -> str:
+    from envbuilder.slurm_time import spoken
+
+    steps = f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
+    words = [run.state + (f", silent for {spoken(run.silent_s)}" if run.silent_s else ""), steps]
+    if run.loss is not None:
+        words.append(f"loss {run.loss:.4f}")
+    if run.seconds_left is not None:
+        words.append(f"about {spoken(run.seconds_left)} of training left")
+    if run.jobs_left is not None:
+        words.append(f"{run.jobs_left} more job{'s' if run.jobs_left != 1 else ''}")
+    return "; ".join(words)
+
+
+def _image_words(image: KeptImage) -> str:
+    size = display.human_bytes(image.size)
+    superseded = "; superseded: bundle gc removes it once nobody uses it" if image.superseded else ""
+    return f"{size}, sha256 {image.digest}…, {image.made_at}{superseded}"
 
 
 def _built_words(wheel: BuiltWheel) -> str:

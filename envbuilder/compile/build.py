@@ -69,7 +69,7 @@ def build_wheel(
     return wheel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Expected:
     """What a built wheel must hold, and what it will be loaded with."""
 

@@ -20,16 +20,18 @@ from pathlib import Path
 import pyproject_hooks
 
 from envbuilder.atomic import make_folder
+from envbuilder.bundle import hash_file
 from envbuilder.compile.buildenv_cache import cached_build_venv
 from envbuilder.compile.drivers import compiler as compiler_driver
-from envbuilder.compile.drivers import frontend as frontend_script
 from envbuilder.envlock import WheelFile
 from envbuilder.errors import MismatchError
 from envbuilder.fatbin import gpu_architectures
 from envbuilder.gpu import architecture
 from envbuilder.interpreter import Interpreter, read_torch
+from envbuilder.load_order import library_folders
 from envbuilder.machine import TorchBuild
-from envbuilder.model import ProvidedPackages
+from envbuilder.model import LoadedModule, ProvidedPackages
+from envbuilder.modules import load_again, loaded_modules
 from envbuilder.process import Cancel, run
 from envbuilder.recipe import CudaSpec
 from envbuilder.sandbox import Sandbox, sandbox_environment
@@ -71,7 +73,7 @@ extern "C" int probe(int *values) {
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuildTools:
     """What every build of a bundle uses, checked."""
 
@@ -88,6 +90,8 @@ class BuildTools:
     torch: TorchBuild | None
     capabilities: tuple[str, ...]
     ptx: bool
+    modules: tuple[LoadedModule, ...]
+    """The environment modules that are loaded here."""
     trial: Callable[[], None]
     """Has the CUDA compiler make a few lines; MismatchError where its parts don't fit together. A second of
     work, to be done beside the builds' first steps."""
@@ -99,12 +103,23 @@ class BuildTools:
         return (site_packages(self.venv, self.interpreter.minor), *map(Path, provided))
 
     @property
+    def libraries(self) -> tuple[Path, ...]:
+        """Where what is built finds libraries once it is imported, in the loader's order."""
+        again = load_again({}, self.modules, keep_cuda_libraries=self.provided is not None)
+        found = list(library_folders(again.get("LD_LIBRARY_PATH", "")))
+        for folder in self.site_packages:
+            found += [folder / "torch/lib", *folder.glob("nvidia/*/lib")]
+        if self.toolkit is not None:
+            found += [self.toolkit.home / name for name in ("lib64", "lib")]
+        return tuple(path for path in found if path.is_dir())
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The architectures, e.g. "90"."""
         return tuple(architecture(capability) for capability in self.capabilities)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuildRoom:
     """One package's place to be built in."""
 
@@ -176,6 +191,7 @@ def prepared_tools(
             torch=torch,
             capabilities=tuple(capabilities),
             ptx=cuda is not None and cuda.ptx,
+            modules=loaded_modules(os.environ),
             trial=trial,
         )
         # Beside the builds, which wait for their compilers: it serves the next ones.
@@ -250,7 +266,7 @@ def make_room(tools: BuildTools, folder: Path, sandbox: Sandbox) -> BuildRoom:
     drivers = folder / "bin"
     drivers.mkdir()
     shutil.copyfile(compiler_driver.__file__, drivers / "driver.py")
-    shutil.copyfile(frontend_script.__file__, folder / "frontend.py")
+    shutil.copyfile(Path(compiler_driver.__file__).with_name("frontend.py"), folder / "frontend.py")
     shutil.copytree(
         Path(pyproject_hooks.__file__).parent,
         folder / "frontend" / "pyproject_hooks",
@@ -321,8 +337,7 @@ def _program(compiler: Path, name: str) -> str | None:
 def _digest(programs: Sequence[Path]) -> str:
     hasher = hashlib.sha256()
     for program in programs:
-        with program.open("rb") as file:
-            hasher.update(hashlib.file_digest(file, "sha256").digest())
+        hasher.update(bytes.fromhex(hash_file(program)))
     return hasher.hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from envbuilder.compile.units.records import Records, UnitId
+from envbuilder.compile.units.records import Estimate, Records, UnitId
 from envbuilder.model import BuildReceipt
 from envbuilder.paths import Root
 from envbuilder.wheelhouse import all_built
@@ -13,9 +13,9 @@ _AROUND = 60.0
 """Seconds for the build environment, linking and the env's installation."""
 
 
-def estimated_seconds(root: Root, packages: Sequence[str], *, cpus: int) -> float | None:
-    """Wall seconds of compiling all of `packages` on `cpus` CPUs with nothing cached; None where one of them
-    was never built under `root`."""
+def estimated_work(root: Root, packages: Sequence[str], *, cpus: int) -> Estimate | None:
+    """Wall seconds of compiling all of `packages` on `cpus` CPUs with nothing cached, and the memory of the
+    largest unit; None where one of them was never built under `root`."""
     newest: dict[str, BuildReceipt] = {}
     for built in all_built(root):
         before = newest.get(built.receipt.package)
@@ -24,11 +24,14 @@ def estimated_seconds(root: Root, packages: Sequence[str], *, cpus: int) -> floa
     if not packages or not set(packages) <= newest.keys():
         return None
     records = Records.open(root.cache / "records")
-    seconds = [
-        records.estimate(
-            UnitId(package, unit.source, unit.shard, unit.architectures_kept, unit.compiler), 0
-        ).seconds
+    units = [
+        records.estimate(UnitId(package, unit.source, unit.shard, unit.architectures_kept, unit.compiler), 0)
         for package in packages
         for unit in newest[package].units
     ]
-    return _AROUND + max(sum(seconds) / cpus, max(seconds, default=0.0))
+    seconds = [unit.seconds for unit in units]
+    return Estimate(
+        seconds=_AROUND + max(sum(seconds) / cpus, max(seconds, default=0.0)),
+        memory=max((unit.memory for unit in units), default=0),
+        known=all(unit.known for unit in units),
+    )

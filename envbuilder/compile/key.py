@@ -14,7 +14,7 @@ from envbuilder.machine import TorchBuild
 from envbuilder.requirements import required_name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuildInputs:
     """All that decides what a build makes, known before its environment is made."""
 

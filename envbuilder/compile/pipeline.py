@@ -13,13 +13,12 @@ stays in the object cache, so that the next run goes on from there.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envbuilder.atomic import make_folder, writing
+from envbuilder.atomic import make_folder, scratch_folder, writing
 from envbuilder.bundle import bundle_file
 from envbuilder.compile.buildenv import prepared_tools
 from envbuilder.compile.key import BuildInputs, locked_cuda, shaping_files, shaping_wheels
@@ -48,13 +47,14 @@ from envbuilder.toolchain import (
     HostCompiler,
     check_toolkit,
     find_host_compiler,
+    older_than_torch,
     system_toolkit,
 )
 from envbuilder.wheelhouse import read_built
 from envbuilder.wheelhouse_index import write_indexes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CompileReport:
     """What `compile_recipe` did."""
 
@@ -67,7 +67,7 @@ class CompileReport:
     """An HTML page that shows when each unit was compiled; None where nothing was."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Machine:
     """What this machine brings to a build."""
 
@@ -129,12 +129,10 @@ def compile_recipe(
         stem = f"compile-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         with (
             writing(root.cache, 2 * sum(file.size for file in build_files)),
-            tempfile.TemporaryDirectory(
-                prefix="compile-", dir=root.cache, ignore_cleanup_errors=True
-            ) as private,
+            scratch_folder(root.cache, "compile-") as private,
         ):
             reporter.stage("making the build environment")
-            scratch = Path(private) / "tools"
+            scratch = private / "tools"
             scratch.mkdir()
             with prepared_tools(
                 root.cache / "buildenvs",
@@ -151,12 +149,15 @@ def compile_recipe(
                 log=root.logs / f"{stem}.log",
                 remedy=f"envbuilder fetch recipes/{recipe.name}.toml --verify",
             ) as tools:
+                cuda = tools.torch.cuda if tools.torch else None
+                if tools.toolkit and (older := older_than_torch(tools.toolkit, cuda)):
+                    reporter.warn(older)
                 workshop = Workshop(
                     bundle,
                     tools,
                     root=root,
                     sandbox=sandbox,
-                    folder=Path(private),
+                    folder=private,
                     stem=stem,
                     options=Options(rebuild=rebuild, prove=prove),
                     reporter=reporter,
@@ -175,6 +176,8 @@ def compile_recipe(
                 finally:
                     timeline = workshop.write_timeline()
                     write_indexes(root)
+    else:
+        write_indexes(root)  # whatever has become of its pages
     built_wheels = tuple(wheels[sdist] for sdist in sdists)
     return CompileReport(built_wheels, reused, time.monotonic() - began, timeline)
 

@@ -46,7 +46,7 @@ svg { max-width: 100%; height: auto; }
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TimelineUnit:
     """One bar."""
 
@@ -63,7 +63,7 @@ class TimelineUnit:
     """It came from the object cache: it had no CPU."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlacedUnit:
     """A unit with the first of its lanes, counted from 0; there is one lane for each of its threads."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ _FOR_UNITS = 0.9
 """Share of the memory that compilers get: this process and the linkers take some too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Options:
     """How to build."""
 
@@ -61,7 +61,7 @@ class Options:
     prove: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Order:
     """One package to build."""
 
@@ -166,7 +166,7 @@ class Workshop:
         if not units:
             return None
         path = self._root.logs / f"{self._stem}.timeline.html"
-        title = f"{self._bundle.record.recipe}, {datetime.now(UTC):%Y-%m-%d}, {platform.node()}"
+        title = f"{self._bundle.record.recipe}, {datetime.now(timezone.utc):%Y-%m-%d}, {platform.node()}"
         write_atomically(path, render_timeline(units, cpus=self._broker.cpus, title=title))
         return path
 
@@ -235,6 +235,7 @@ class Workshop:
             differs=self._differs(room),
             compiled_whole=dict(sorted(compiler.ledger.whole.items())),
             environment={**room.recorded, **build.env},
+            modules=self._tools.modules,
             units=units,
             seconds=round(time.monotonic() - began, 3),
             built_at=_now(),
@@ -284,18 +285,11 @@ class Workshop:
         )
 
     def _expected(self, order: Order) -> Expected:
-        libraries = [
-            library
-            for folder in self._tools.site_packages
-            for library in (folder / "torch/lib", *folder.glob("nvidia/*/lib"))
-        ]
-        if self._tools.toolkit is not None:
-            libraries += [self._tools.toolkit.home / name for name in ("lib64", "lib")]
         return Expected(
             modules=order.build.modules,
             capabilities=order.inputs.compute_capabilities if order.build.gpu else (),
             ptx=self._tools.ptx,
-            libraries=tuple(path for path in libraries if path.is_dir()),
+            libraries=self._tools.libraries,
             interpreter=self._tools.interpreter.path,
             glibc=self._bundle.lock.target.glibc,
         )
@@ -396,4 +390,4 @@ def _names(groups: Iterator[tuple[str, ...]] | Mapping[str, str]) -> tuple[str, 
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -27,7 +27,7 @@ class Unanswered(Exception):
         """The response, unread, where the server says no and isn't merely busy."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answer:
     """A response that has been read."""
 

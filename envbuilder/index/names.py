@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from envbuilder.errors import InputError
 from envbuilder.index.find_links import FindLinks
 from envbuilder.index.simple import FileSource, Index, variable
 from envbuilder.pip_settings import PUBLIC_INDEX, PipSettings, read_pip_settings
+from envbuilder.toml import tomllib
 from envbuilder.urls import shown
 
 DEFAULT_INDEX = "default"

@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from typing import Optional
 
 METADATA_BYTES = 4 << 20
 """Most bytes of a METADATA file."""
@@ -21,7 +22,7 @@ _AT_LEAST = 64 << 10
 _MOST = 16 << 20
 """Most bytes that are read of a wheel."""
 
-ReadRange = Callable[[int, int], bytes | None]
+ReadRange = Callable[[int, int], Optional[bytes]]
 """(Start, end) → the bytes from start up to, but not with, end; None where the server gives no ranges."""
 
 

@@ -26,7 +26,7 @@ _MISSING = frozenset({403, 404, 410})
 _RANGELESS = frozenset({200, 416})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Offer:
     """Where the bytes of a locked file are."""
 

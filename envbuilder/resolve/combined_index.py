@@ -57,7 +57,7 @@ class CombinedIndex(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         # A resolver that is stopped breaks its connections off.
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 

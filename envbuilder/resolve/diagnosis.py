@@ -33,7 +33,7 @@ _SHOWN = 3
 """Most packages that one error explains."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Release:
     """One version of a package on an index."""
 
@@ -42,7 +42,7 @@ class _Release:
     has_sdist: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Cause:
     """Why a version of a package can't be taken, and what to do."""
 

@@ -11,6 +11,7 @@ from packaging.tags import Tag, create_compatible_tags_selector
 from packaging.utils import BuildTag, InvalidWheelFilename, parse_wheel_filename
 from packaging.version import Version
 
+from envbuilder.budget import budget
 from envbuilder.errors import InputError
 from envbuilder.index import DEFAULT_INDEX, Index, IndexFile, license_of
 from envbuilder.lock import Group, LockedFile, LockedPatch
@@ -21,7 +22,8 @@ from envbuilder.resolve.kept import Resolution
 from envbuilder.resolve.sources import Source
 from envbuilder.target import Target, python_versions, serves, target_for
 
-_CONNECTIONS = 16
+_MOST_AT_ONCE = 16
+"""Packages whose files are asked for at the same time."""
 
 
 def choose_files(
@@ -51,7 +53,7 @@ def choose_files(
         return _wheel_entry(recipe, key, needs[key], index, [targets[python] for python in pythons])
 
     entries = []
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with ThreadPoolExecutor(budget().at_once(_MOST_AT_ONCE)) as pool:
         for done, found in enumerate(pool.map(entry, sorted(needs)), start=1):
             entries.append(found)
             reporter.progress("index", done, len(needs), "files")
@@ -112,7 +114,7 @@ def _wheels(recipe: Recipe, index: Index, name: str, version: str, targets: list
     return [index.complete(chosen[filename]) for filename in sorted(chosen)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Wheel:
     file: IndexFile
     build: BuildTag

@@ -88,7 +88,7 @@ def choose_sources(
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Wanted:
     """What is resolved."""
 
@@ -98,7 +98,7 @@ class _Wanted:
     """The machine's packages, without requirements: the machine has those too."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Asked:
     """Where a resolver looks."""
 
@@ -107,7 +107,7 @@ class _Asked:
     combined: CombinedIndex | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _GroupResolver:
     """Asks the resolver, group by group."""
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from envbuilder.errors import InputError, NetworkError
+from envbuilder.own_program import HOME
 from envbuilder.pip_settings import network_environment
 from envbuilder.process import run
 from envbuilder.requirements import required_name
@@ -49,7 +50,7 @@ class PipToolsResolver:
                     *("--output-file", pins),
                     folder / "requirements.in",
                 ],
-                env=network_environment() | {"PIP_INDEX_URL": request.index_url},
+                env=network_environment() | {"PIP_INDEX_URL": request.index_url, "PYTHONPATH": str(HOME)},
                 cwd=folder,
             )
             if completed.returncode != 0:

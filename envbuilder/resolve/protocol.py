@@ -16,7 +16,7 @@ Versions = Mapping[str, str]
 """Normalised package name → version."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One question to a resolver."""
 

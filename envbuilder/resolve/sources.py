@@ -24,7 +24,7 @@ from envbuilder.sdist import SdistMetadata, read_metadata
 from envbuilder.target import python_versions, serves
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """A package of the recipe's [build]: its sdist or packed tree, and what that says."""
 

@@ -10,10 +10,13 @@ import pytest
 
 from envbuilder.bundles import GcReport, collect_garbage, gc
 from envbuilder.errors import MismatchError
+from envbuilder.kept_images import marked_as_used, marker_of
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.report import Quiet
 from tests.bundles.samples import NAME, Sample, contents, sha256
+from tests.conftest import Run
+from tests.image.samples import put_image
 
 
 @pytest.fixture
@@ -38,6 +41,10 @@ def linked(root: Root, place: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.link(place, path)
     return path
+
+
+def ctime(path: Path) -> float:
+    return path.lstat().st_ctime
 
 
 def collect(root: Root, *, dry_run: bool = False) -> GcReport:
@@ -225,3 +232,75 @@ def test_where_a_bundles_lock_cannot_be_read_nothing_is_removed(sample: Sample) 
 
 def test_an_empty_root_has_no_garbage(tmp_path: Path) -> None:
     assert collect(Root(tmp_path / "none")).removed == ()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Root:
+    return Root(tmp_path / "root")
+
+
+@pytest.fixture
+def superseded(root: Root) -> Path:
+    """An image of 11 bytes that was used, and that another has superseded."""
+    old = put_image(root, "a" * 64, b"older image")
+    with marked_as_used(old):
+        put_image(root, "b" * 64)
+    return old
+
+
+@pytest.mark.usefixtures("later")
+def test_superseded_images_go_with_what_marks_them_and_their_sizes_are_told(
+    root: Root, superseded: Path, run: Run
+) -> None:
+    stays = sorted(path for path in root.images.iterdir() if path.stem != superseded.stem)
+    assert collect(root, dry_run=True).images == ((superseded, 11),)
+    assert f"would be removed: {superseded}, 11 B" in run("--root", root.path, "bundle", "gc", "--dry-run")[1]
+    report = collect(root)
+    assert report.images == ((superseded, 11),)
+    assert (report.removed, report.bytes_freed) == ((superseded, marker_of(superseded)), 11)
+    assert sorted(root.images.iterdir()) == stays
+
+
+def test_an_image_stays_for_an_hour_after_its_last_use(
+    root: Root, superseded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = marker_of(superseded)
+    while ctime(marker) < ctime(root.images / "tiny-lab.json") + 0.001:
+        with marked_as_used(superseded):
+            pass
+    before = ctime(root.images / "tiny-lab.json")
+    monkeypatch.setattr("envbuilder.bundles.gc.time.time", lambda: (before + ctime(marker)) / 2 + 3600)
+    assert collect(root).removed == ()
+    monkeypatch.setattr("envbuilder.bundles.gc.time.time", lambda: ctime(root.images) + 7200)
+    assert collect(root).removed == (superseded, marker)
+
+
+def test_an_image_stays_for_an_hour_after_it_was_superseded(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that has read the receipt before has not marked the image yet."""
+    old, receipt = put_image(root, "a" * 64), root.images / "tiny-lab.json"
+    before = ctime(old)
+    put_image(root, "b" * 64)
+    while ctime(receipt) < before + 0.001:  # the disk's clock has ticks
+        put_image(root, "b" * 64)
+    monkeypatch.setattr("envbuilder.bundles.gc.time.time", lambda: (before + ctime(receipt)) / 2 + 3600)
+    assert collect(root).removed == ()
+    monkeypatch.setattr("envbuilder.bundles.gc.time.time", lambda: ctime(receipt) + 7200)
+    assert collect(root).removed == (old,)
+
+
+@pytest.mark.usefixtures("later")
+def test_an_image_that_counts_stays_whoever_uses_it_or_not(root: Root) -> None:
+    put_image(root, "a" * 64)
+    assert collect(root).removed == ()
+    (root.images / "tiny-lab.json").unlink()
+    assert collect(root).removed == ()
+
+
+@pytest.mark.usefixtures("later")
+def test_what_a_killed_install_left_of_an_image_goes(root: Root) -> None:
+    put_image(root, "a" * 64)
+    left = root.images / f".tiny-lab-{'b' * 12}.squashfs.abc.new"
+    left.write_bytes(b"hsqs")
+    assert collect(root).removed == (left,)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.bundle_contents import open_plain
 from envbuilder.bundles import verify_bundle
 from envbuilder.errors import IntegrityError, MismatchError
+from envbuilder.hashing import open_plain
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.report import Quiet, Unit
@@ -151,5 +151,5 @@ def test_a_file_that_the_disk_no_longer_gives_is_listed(
         return open_plain(path)
 
     # No file that every user may open fails to be read, so the disk's fault is made here.
-    monkeypatch.setattr("envbuilder.bundle_contents.open_plain", broken)
+    monkeypatch.setattr("envbuilder.hashing.open_plain", broken)
     assert found(sample.root) == {"start.py": f"can't be read: {os.strerror(errno.EIO)}"}

@@ -21,7 +21,7 @@ from envbuilder.compile.units.lookahead import SPLIT_CPUS
 from envbuilder.compile.units.records import Estimate, UnitId
 
 GB = 1_000_000_000
-PATIENCE = 20.0
+PATIENCE = 120.0
 """Seconds after which a test that waits has failed."""
 
 

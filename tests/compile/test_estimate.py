@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from envbuilder.compile.estimate import estimated_seconds
+from envbuilder.compile.estimate import estimated_work
 from envbuilder.compile.units.records import Records, UnitId
 from envbuilder.model import UnitTiming
 from envbuilder.paths import Root
@@ -30,8 +30,11 @@ def test_it_is_the_work_over_the_cpus_or_the_longest_unit(tmp_path: Path, cpus: 
         one = receipt.units[0]
         named = UnitId(receipt.package, source, "", one.architectures_kept, one.compiler)
         records.add(named, seconds, seconds, 1)
-    assert estimated_seconds(root, [receipt.package], cpus=cpus) == expected
+    estimate = estimated_work(root, [receipt.package], cpus=cpus)
+    assert estimate is not None
+    assert estimate.seconds == expected
+    assert estimate.memory >= 1
 
 
 def test_of_a_package_that_was_never_built_nothing_is_known(tmp_path: Path) -> None:
-    assert estimated_seconds(Root(tmp_path), ["unknown"], cpus=4) is None
+    assert estimated_work(Root(tmp_path), ["unknown"], cpus=4) is None

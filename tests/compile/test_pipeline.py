@@ -25,9 +25,10 @@ from envbuilder.lock import parse_lock
 from envbuilder.model import Bundle
 from envbuilder.paths import Root
 from envbuilder.recipe import CudaSpec, Recipe
-from envbuilder.report import Quiet
+from envbuilder.report import Quiet, Reporter
 from envbuilder.sandbox import find_sandbox
 from envbuilder.wheelhouse import find_built
+from tests.doctor.conftest import torch_version
 from tests.lab.bundles import make_bundle
 from tests.lab.packages import make_sdist, make_wheel
 
@@ -41,13 +42,16 @@ def recipe_of(environment: Mapping[str, str] | None = None) -> Recipe:
     )
 
 
-def bundle_of(folder: Path, recipe: Recipe, **files: str) -> Bundle:
-    """A bundle with the sdist `plain` and one wheel for its build; `files` are added to the sdist."""
+def bundle_of(
+    folder: Path, recipe: Recipe, *, helper_files: Mapping[str, str | bytes] | None = None, **files: str
+) -> Bundle:
+    """A bundle with the sdist `plain` and one wheel for its build, with `helper_files`; `files` are added to
+    the sdist."""
     (folder / "made").mkdir(exist_ok=True)
     members = {path.name: path.read_text(encoding="utf-8") for path in SOURCE.iterdir() if path.is_file()}
     added = {name.replace("_", "."): text for name, text in files.items()}
     sdist = make_sdist(folder / "made", "plain", "1.0", files=members | added)
-    helper = make_wheel(folder / "made", "build-helper", "1.0")
+    helper = make_wheel(folder / "made", "build-helper", "1.0", files=helper_files)
     return make_bundle(Root(folder / "root"), recipe, {sdist: ["runtime"], helper: ["build"]}, python=PYTHON)
 
 
@@ -84,14 +88,20 @@ def module_in(report: CompileReport) -> str:
 
 
 def build(
-    folder: Path, recipe: Recipe, bundle: Bundle, *, rebuild: bool = False, require_isolation: bool = False
+    folder: Path,
+    recipe: Recipe,
+    bundle: Bundle,
+    *,
+    rebuild: bool = False,
+    require_isolation: bool = False,
+    reporter: Reporter | None = None,
 ) -> CompileReport:
     return compile_recipe(
         recipe,
         bundle,
         root=Root(folder / "root"),
         python=Path(sys.executable),
-        reporter=Quiet(),
+        reporter=reporter or Quiet(),
         rebuild=rebuild,
         require_isolation=require_isolation,
     )
@@ -329,10 +339,18 @@ esac
     recipe = recipe_of().model_copy(
         update={"cuda": CudaSpec(toolchain="system", compute_capabilities=("9.0",))}
     )
+    torch = {**torch_version("2.12.0+cu132", "13.2"), "torch/lib/libc10.so": b"__cxx11"}
+    warnings: list[str] = []
+
+    class Warned(Quiet):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
     with pytest.raises(MismatchError, match="can't compile and link a ten-line program") as caught:
-        build(tmp_path, recipe, bundle_of(tmp_path, recipe))
+        build(tmp_path, recipe, bundle_of(tmp_path, recipe, helper_files=torch), reporter=Warned())
     assert "Unsupported .version" in str(caught.value.context["output"])
     assert caught.value.remedy.startswith("envbuilder doctor --log ")
+    assert [text for text in warnings if "older than torch's 13.2" in text]
 
 
 def test_where_isolation_is_required_and_impossible_nothing_is_built(
@@ -379,6 +397,22 @@ def test_a_build_requirement_without_a_wheel_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(Root(tmp_path / "root"), recipe, kept, python=PYTHON)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="The build needs helper"):
         build(tmp_path, recipe, bundle)
+
+
+def test_a_wrong_index_is_mended_without_building_anything(tmp_path: Path) -> None:
+    recipe = recipe_of({"PLAIN_BEHAVIOUR": "good"})
+    bundle = bundle_of(tmp_path, recipe)
+    build(tmp_path, recipe, bundle)
+    pages = [path for path in (tmp_path / "root/wheelhouse/simple").rglob("index.*") if path.is_file()]
+    right = {path: path.read_bytes() for path in pages}
+    for path in pages:
+        path.write_text("damaged")
+    stray = pages[0].parent / "stray/index.html"
+    stray.parent.mkdir()
+    stray.touch()
+    assert build(tmp_path, recipe, bundle).reused == ("plain",)
+    assert {path: path.read_bytes() for path in pages} == right
+    assert not stray.exists()
 
 
 def test_a_bundle_of_wheels_alone_has_nothing_to_compile(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ import json, sys
 from pathlib import Path
 from envbuilder.errors import EnvbuilderError
 from envbuilder.paths import Root
-from envbuilder.slurm.follow import Pace, follow
+from envbuilder.slurm.follow import follow
+from envbuilder.slurm.pace import Pace
 from envbuilder.site import load_site
 from envbuilder.slurm.submit import Asked, submit
 
@@ -50,7 +51,7 @@ try:
         job = submit(site, spec, wanted["name"], wanted["command"], root=root, asked=Asked(**wanted["asked"]))
         job_id, log = job.id, job.log
         (root.path / (wanted["name"] + ".id")).write_text(job_id)
-    pace = Pace(look_s=0.3, longest_s=1.0, tell_s=1.0, unknown_s=3.0)
+    pace = Pace(ask_s=1.0, look_s=0.3, settle_s=0.3, tell_s=1.0)
     ended = follow(job_id, log, root=root, reporter=heard, again="envbuilder compile RECIPE", pace=pace)
     answer["ended"] = {"state": ended.state, "lives": ended.lives, "log": ended.log.read_text()}
 except EnvbuilderError as error:
@@ -63,12 +64,15 @@ _COMPILE = """
 import os, signal, sys, time
 from pathlib import Path
 from envbuilder.paths import Root
-from envbuilder.progress_file import ProgressFile, progress_path, read_progress
+from envbuilder.progress_file import job_progress, progress_path, read_progress
 root, job = Root(Path(sys.argv[1])), os.environ["SLURM_JOB_ID"]
 life = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
 path = progress_path(root, job)
 def ready(done, total, **more):
-    ProgressFile(path).write(done=done, total=total, **more)
+    job_progress(root).write(done=done, total=total, **more)
+def wait_for(name):
+    while not (root.path / name).exists():
+        time.sleep(0.1)
 """
 
 
@@ -131,6 +135,10 @@ class Cluster:
         wait_until(lambda: self.lab.job_state(job_id) == "RUNNING", f"{name} runs")
         return job_id
 
+    def let(self, name: str) -> None:
+        """Lets jobs go on that `wait_for` the name."""
+        assert self.lab.as_user(["touch", self.root / name]).returncode == 0
+
     def envbuilder(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """Runs `envbuilder WORDS` as the user."""
         return self.lab.as_user([self.python, "-m", "envbuilder", "--root", self.root, *words])
@@ -145,7 +153,7 @@ class Cluster:
             try:
                 wait_until(lambda: once in log.read_text(), f"it says {once!r}")
                 process.send_signal(signal.SIGINT)
-                return process.wait(timeout=20), log.read_text()
+                return process.wait(timeout=120), log.read_text()
             finally:
                 process.kill()
                 process.wait()
@@ -170,7 +178,7 @@ def cluster_up(*, memory_limits: bool = False) -> Iterator[Cluster]:
             lab.cancel_all()  # so that no follower waits for ever
 
 
-def wait_until(condition: Any, what: str, seconds: float = 60) -> None:
+def wait_until(condition: Any, what: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"gave up waiting until {what}"

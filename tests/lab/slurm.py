@@ -26,9 +26,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-USER = "nobody"
-"""Who submits: an account that every machine has, and not root, whom Slurm's submit limits spare."""
+USER, OTHER_USER = "nobody", "games"
+"""Who submits: accounts that every machine has, and not root, whom Slurm's submit limits spare."""
 PARTITION, ACCOUNT, QOS, DEBUG_QOS = "lab", "project", "normal", "debug"
+PREEMPTABLE_QOS, URGENT_QOS = "preemptable", "urgent"
+"""Jobs of the first give way to jobs of the second, with a grace of 10 s, and are queued again."""
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "ip")
 
 _SLURM_CONF = """\
@@ -54,6 +56,8 @@ ReturnToService=2
 SlurmdTimeout=15
 KillWait=3
 EnforcePartLimits=ALL
+PreemptType=preempt/qos
+PreemptMode=REQUEUE
 MailProg=/bin/true
 GresTypes=gpu
 AccountingStorageType=accounting_storage/slurmdbd
@@ -91,7 +95,8 @@ def missing_programs() -> tuple[str, ...]:
 class SlurmLab:
     """The cluster, up between `__enter__` and `__exit__`.
 
-    `folder` is its temporary folder; `home`, in it, is a folder that `USER` can write and every node sees.
+    `folder` is its temporary folder; `home`, in it, is a folder that `USER` can write and every node sees,
+    `other_home` one that `OTHER_USER` can.
     """
 
     def __init__(self, nodes: int = 1, *, memory_limits: bool = False) -> None:
@@ -129,6 +134,8 @@ class SlurmLab:
             "USER": USER,
             "LANG": "C.UTF-8",
             "SLURM_CONF": str(self.conf),
+            # This controller is the tests' own: it may be asked every second.
+            "ENVBUILDER_SLURM_PACE_S": "1",
         }
 
     def as_user(
@@ -167,7 +174,7 @@ class SlurmLab:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def wait_for_job(self, job_id: str, *, seconds: float = 60) -> str:
+    def wait_for_job(self, job_id: str, *, seconds: float = 240) -> str:
         """Waits for the job's end, and returns its state, e.g. "COMPLETED"."""
 
         def ended() -> bool:
@@ -187,7 +194,7 @@ class SlurmLab:
         _wait_until(
             lambda: not _run(["squeue", "--noheader"], self._root_env).strip(),
             "the queue is empty",
-            seconds=30,
+            seconds=120,
         )
 
     def cancel_as_operator(self, job_id: str) -> None:
@@ -214,7 +221,7 @@ class SlurmLab:
             states = _run(["sinfo", "-h", "-n", node, "-p", PARTITION, "-o", "%T"], self._root_env).split()
             return states in (["idle"], ["mixed"], ["allocated"])
 
-        _wait_until(is_back, f"{node} is back", seconds=60)
+        _wait_until(is_back, f"{node} is back", seconds=120)
 
     def stop_controller(self) -> None:
         """Ends slurmctld: Slurm's commands get no answer, jobs go on."""
@@ -231,12 +238,19 @@ class SlurmLab:
 
     def _write_files(self) -> None:
         self.folder.chmod(0o755)
-        for name, owner in (("munge", "munge"), ("database", "mysql"), ("state", "slurm"), ("home", USER)):
+        owners = {
+            "munge": "munge",
+            "database": "mysql",
+            "state": "slurm",
+            "home": USER,
+            "other_home": OTHER_USER,
+        }
+        for name, owner in owners.items():
             (self.folder / name).mkdir()
             shutil.chown(self.folder / name, owner, pwd.getpwnam(owner).pw_gid)
         for name in ("etc", "spool", "devices", "log"):
             (self.folder / name).mkdir()
-        self.home = self.folder / "home"
+        self.home, self.other_home = self.folder / "home", self.folder / "other_home"
         self.conf = self.folder / "etc" / "slurm.conf"
         self._root_env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         self._password = secrets.token_hex(16)
@@ -311,7 +325,7 @@ class SlurmLab:
             "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M",
         )  # fmt: skip
         client = ["mariadb", "--no-defaults", f"--socket={database}/socket", "--execute"]
-        _wait_until(lambda: _works([*client, "SELECT 1"]), "the database answers", seconds=30)
+        _wait_until(lambda: _works([*client, "SELECT 1"]), "the database answers", seconds=120)
         _run([
             *client,
             f"CREATE USER slurm@'%' IDENTIFIED BY '{self._password}';"
@@ -320,7 +334,7 @@ class SlurmLab:
         env = self._root_env
         self._start("slurmdbd", "slurmdbd", "-D")
         _wait_until(
-            lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers", seconds=30
+            lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers", seconds=120
         )
         _run(["sacctmgr", "-iQ", "add", "cluster", "lab"], env)
         self.start_controller()
@@ -329,7 +343,7 @@ class SlurmLab:
             if self._memory_limits:
                 self._cleanup.callback(_remove_cgroups, Path("/sys/fs/cgroup/memory", f"slurm_{node}"))
             self._start_node(i, node)
-        _wait_until(lambda: _works(["scontrol", "ping"], env), "slurmctld answers", seconds=30)
+        _wait_until(lambda: _works(["scontrol", "ping"], env), "slurmctld answers", seconds=120)
         # A limit on a resource that slurmctld has not registered yet would be lost without a word.
         _wait_until(lambda: "gres" in _run(["sacctmgr", "-nP", "show", "tres"], env), "gpus are known", 20)
         self._make_accounts()
@@ -338,7 +352,7 @@ class SlurmLab:
             states = _run(["sinfo", "-h", "-N", "-p", PARTITION, "-o", "%T"], env).split()
             return states == ["idle"] * len(self.nodes)
 
-        _wait_until(nodes_are_idle, "the nodes are idle", seconds=60)
+        _wait_until(nodes_are_idle, "the nodes are idle", seconds=120)
 
     def _start_node(self, number: int, node: str) -> None:
         etc = self.folder / "etc"
@@ -359,10 +373,15 @@ class SlurmLab:
             "modify", "qos", DEBUG_QOS, "set",
             "MaxSubmitJobsPerUser=1", "MaxWall=30", "MaxTRESPerUser=gres/gpu=2,node=1", "Flags=DenyOnLimit",
         )  # fmt: skip
-        sacctmgr(
-            "add", "user", USER, f"account={ACCOUNT}", f"DefaultAccount={ACCOUNT}",
-            f"qos={QOS},{DEBUG_QOS}", f"DefaultQOS={QOS}",
-        )  # fmt: skip
+        sacctmgr("add", "qos", PREEMPTABLE_QOS)
+        sacctmgr("modify", "qos", PREEMPTABLE_QOS, "set", "GraceTime=10", "PreemptMode=requeue")
+        sacctmgr("add", "qos", URGENT_QOS)
+        sacctmgr("modify", "qos", URGENT_QOS, "set", f"Preempt={PREEMPTABLE_QOS}", "Priority=1000")
+        for user in (USER, OTHER_USER):
+            sacctmgr(
+                "add", "user", user, f"account={ACCOUNT}", f"DefaultAccount={ACCOUNT}",
+                f"qos={QOS},{DEBUG_QOS},{PREEMPTABLE_QOS},{URGENT_QOS}", f"DefaultQOS={QOS}",
+            )  # fmt: skip
 
     # ── ending ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -33,7 +33,7 @@ def again():
 """
 BIG = "b'1' * 400_000_000"
 JOBS: dict[str, tuple[str, dict[str, object]]] = {
-    "timeout": ("time.sleep(600)", {"walltime": "00:01:00"}),
+    "timeout": ("time.sleep(6000)", {"walltime": "00:01:00"}),
     "lives": (
         "def stop(*_):\n"
         "    print(f'life {life} stops')\n"
@@ -42,7 +42,7 @@ JOBS: dict[str, tuple[str, dict[str, object]]] = {
         "before = read_progress(path)\n"
         "begin = before.done if before else 0\n"
         "ready(begin + 1, 2, stage=f'life {life}')\n"
-        "time.sleep(600 if life == 1 else 0)\n"
+        "time.sleep(6000 if life == 1 else 0)\n"
         "ready(2, 2, stage='done')\n"
         "print(f'life {life} did all')",
         {"walltime": "00:01:00", "asked": {"warned": True, "requeue": True}},
@@ -55,14 +55,14 @@ JOBS: dict[str, tuple[str, dict[str, object]]] = {
         "ready(1, 1, stage='done')",
         {},
     ),
-    "cancelled": ("time.sleep(600)", {}),
+    "cancelled": ("time.sleep(6000)", {}),
     "failed": (
         "fail(BuildError('The build of tiny failed.', remedy='envbuilder doctor --log x', "
         "context={'unit': 'a.cu', 'error': 'no such file'}))",
         {},
     ),
     "crashed": ("raise ValueError('a bug')", {}),
-    "too-early": ("os.kill(os.getpid(), signal.SIGUSR1)\ntime.sleep(60)", {}),
+    "too-early": ("os.kill(os.getpid(), signal.SIGUSR1)\ntime.sleep(600)", {}),
 }
 
 
@@ -135,7 +135,7 @@ def test_a_job_that_did_all_though_a_part_was_killed_for_its_memory(
 def test_a_job_that_makes_nothing_ready_is_not_run_for_ever(jobs: dict[str, Future[Followed]]) -> None:
     followed = jobs["standstill"].result()
     assert followed.error["exit_code"] == 9
-    assert "this life, number 2, made no unit ready" in followed.error["message"]
+    assert "this life, number 2, brought none of its units" in followed.error["message"]
     assert "starts again after REQUEUED: life 2" in followed.text
 
 
@@ -167,9 +167,9 @@ def test_a_node_that_fails_ends_a_job_or_lets_it_run_again(
     cluster.lab.drain(other)
     try:
         again = cluster.follow(
-            "again", "print(life, flush=True)\ntime.sleep(60 if life == 1 else 0)", asked={"requeue": True}
+            "again", "print(life, flush=True)\ntime.sleep(600 if life == 1 else 0)", asked={"requeue": True}
         )
-        gone = cluster.follow("gone", "time.sleep(60)")
+        gone = cluster.follow("gone", "time.sleep(600)")
         log = cluster.root / f"logs/slurm/again-{cluster.running('again')}.log"
         wait_until(lambda: log.exists() and log.read_text() == "1\n", "the first life has begun")
         no_more = cluster.lab.as_user(["scontrol", "update", f"jobid={cluster.running('gone')}", "requeue=0"])

@@ -9,6 +9,8 @@ Standalone, standard library only: `python -I -S compiler.py SOCKET TOOL REAL AR
 service's socket, TOOL is nvcc, c++ or cc, and REAL is the compiler that it stands for.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -97,28 +99,28 @@ class Driver:
         """Does what the service says, until it says with which status to end."""
         while True:
             order, content = self._connection.receive()
-            match order["do"]:
-                case "run":
-                    threading.Thread(target=self._run, args=(order,), daemon=True).start()
-                case "read":
-                    self._answer(order, *self._read(order["path"]))
-                case "write":
-                    self._answer(order, self._write(order["path"], content))
-                case "remove":
-                    for path in order["paths"]:
-                        with contextlib.suppress(OSError):
-                            os.remove(path)
-                    self._answer(order, None)
-                case "print":
-                    stream = sys.stdout if order["stream"] == "stdout" else sys.stderr
-                    stream.buffer.write(content)
-                    stream.flush()
-                    self._answer(order, None)
-                case "become":
-                    self._connection.close()
-                    os.execv(order["argv"][0], order["argv"])
-                case "exit":
-                    return int(order["status"])
+            what = order["do"]
+            if what == "run":
+                threading.Thread(target=self._run, args=(order,), daemon=True).start()
+            elif what == "read":
+                self._answer(order, *self._read(order["path"]))
+            elif what == "write":
+                self._answer(order, self._write(order["path"], content))
+            elif what == "remove":
+                for path in order["paths"]:
+                    with contextlib.suppress(OSError):
+                        os.remove(path)
+                self._answer(order, None)
+            elif what == "print":
+                stream = sys.stdout if order["stream"] == "stdout" else sys.stderr
+                stream.buffer.write(content)
+                stream.flush()
+                self._answer(order, None)
+            elif what == "become":
+                self._connection.close()
+                os.execv(order["argv"][0], order["argv"])
+            elif what == "exit":
+                return int(order["status"])
 
     def end_children(self) -> None:
         with self._starting:
@@ -142,7 +144,7 @@ class Driver:
                         stderr=err,
                         env={**os.environ, INSIDE: "1"},
                         # Of its own, so that it can be ended with all that it started.
-                        process_group=0,
+                        start_new_session=True,
                     )
                     self._children.add(child.pid)
             except OSError as error:

@@ -23,7 +23,7 @@ _TYPE_OF = frozenset({"decltype", "typeof", "__typeof__"})
 _AFTER_PARAMETERS = frozenset({"const", "volatile", "&", "&&", "override", "final", "noexcept"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Item:
     """One token at the head's own level, or a whole bracket."""
 
@@ -38,7 +38,7 @@ class Item:
         return (self.text[0].isalpha() or self.text[0] in "_$") and self.text not in KEYWORDS - {"operator"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Head:
     """A declaration's head."""
 
@@ -53,7 +53,7 @@ class Head:
         return frozenset(item.text for item in self.items)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Function:
     """A head that declares a function, or a variable made with parentheses."""
 
@@ -95,7 +95,7 @@ def read_head(tokens: Sequence[Token], begin: int) -> Head:
         elif token.kind is Kind.IDENTIFIER or token.kind is Kind.PUNCTUATOR:
             end = index + 1
         else:
-            raise NotUnderstood(f"a {token.kind} in a declaration", token.line)
+            raise NotUnderstood(f"a {token.kind.value} in a declaration", token.line)
         for inner in tokens[index:end]:
             if inner.kind is Kind.DIRECTIVE:
                 raise NotUnderstood("a directive inside a declaration", inner.line)

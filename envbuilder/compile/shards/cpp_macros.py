@@ -43,7 +43,7 @@ _DEFINITION = re.compile(r"([A-Za-z_]\w*)(\([^()]*\))?(.*)", re.DOTALL)
 _PLAIN = frozenset({"::", "<", ">", ",", "*", "&"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Macro:
     """One definition."""
 

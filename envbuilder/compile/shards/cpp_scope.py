@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from envbuilder.compile.shards.cpp_bodies import CLASS_KEYS, check_body, is_conditional
 from envbuilder.compile.shards.cpp_heads import (
@@ -43,7 +42,7 @@ _WEAK = frozenset(["inline", "constexpr", "consteval", "static", "__inline__", "
 _LITERAL = frozenset(["+", "-", "*", "/", "%", "<<", "(", ")", "|", "&", "^", "~", "true", "false"])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instantiation:
     """An explicit instantiation definition, `template void f<int>(int);`."""
 
@@ -199,7 +198,7 @@ class _Scope:
         names = [item for item in plain_items(head, self._tokens) if item.text not in ("inline", "namespace")]
         if not names or not all(item.is_name or item.text == "::" for item in names):
             raise NotUnderstood("an anonymous namespace", self._tokens[begin].line)
-        if any(left.is_name and right.is_name for left, right in pairwise(names)):
+        if any(left.is_name and right.is_name for left, right in zip(names, names[1:])):
             raise NotUnderstood("a macro in a namespace's name", self._tokens[begin].line)
         if head.stop == "{":
             return head.end + 1, True
@@ -278,7 +277,7 @@ class _Scope:
         colon = next((index for index, item in enumerate(names) if item.text == ":"), len(names))
         chain = [item for item in names[1:colon] if item.text not in ("final", "class", "struct")]
         if any(not (item.is_name or item.text in ("::", "<>")) for item in chain) or any(
-            left.is_name and right.is_name for left, right in pairwise(chain)
+            left.is_name and right.is_name for left, right in zip(chain, chain[1:])
         ):
             raise NotUnderstood("a variable or function whose type is spelled with its key", line)
         if head.stop == ";":

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 
 _TRIGRAPH = re.compile(r"\?\?[=/'()!<>-]")
 _RAW = re.compile(r'(?:u8|[uUL])?R"')
@@ -37,7 +37,7 @@ class NotUnderstood(ValueError):
         """In the file, from 1."""
 
 
-class Kind(StrEnum):
+class Kind(Enum):
     """What a token is."""
 
     IDENTIFIER = "identifier"
@@ -48,7 +48,7 @@ class Kind(StrEnum):
     DIRECTIVE = "directive"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Token:
     """One token."""
 
@@ -62,7 +62,7 @@ class Token:
     """Its place in the original text; `end` is past its last character."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Spliced:
     """The text with its line splices taken out."""
 

@@ -47,7 +47,7 @@ _CONSTRUCTED = frozenset(
 _STB_GLOBAL, _STB_LOCAL = "STB_GLOBAL", "STB_LOCAL"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Shard:
     """What one object has that another shard's must not have too; names without what differs by file."""
 
@@ -83,7 +83,6 @@ def differences(objects: Sequence[Path]) -> Iterator[str]:
             ("the symbol", "the variable", "the GPU variable", "the kernel"),
             (shard.strong, shard.state, shard.gpu_state, shard.kernels),
             seen,
-            strict=True,
         ):
             for name in sorted(names):
                 if name in earlier:

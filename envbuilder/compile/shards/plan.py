@@ -26,7 +26,7 @@ from envbuilder.compile.shards.cpp_tokens import Kind, NotUnderstood, Token, tok
 _INCLUDED = re.compile(r'"([^"\n]+)"|<([^<>\n]+)>')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardPlan:
     """How a unit is divided."""
 
@@ -36,7 +36,7 @@ class ShardPlan:
     """What each instantiates, as normalized text."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Whole:
     """Why a unit is compiled whole."""
 
@@ -53,7 +53,7 @@ class _InFile(Exception):
         self.whole = Whole(error.reason, str(file), error.line)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Header:
     """A header of the package."""
 
@@ -63,7 +63,7 @@ class _Header:
     """Of the directive that includes it."""
 
 
-@dataclass(slots=True)
+@dataclass
 class _Files:
     """The unit's own files: itself and the headers of its package that it reaches."""
 
@@ -200,7 +200,7 @@ def _judged(source: Path, text: str, files: _Files, defines: Sequence[str]) -> t
 
 def _check_order(tokens: Sequence[Token], found: Sequence[Instantiation]) -> None:
     """That nothing is specialized after the first instantiation: a shard's compiler wouldn't object."""
-    for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
+    for first, second, third in zip(tokens, tokens[1:], tokens[2:]):
         if (
             found
             and first.begin > found[0].begin

@@ -31,7 +31,7 @@ _INSTRUCTION = 16
 and its bank in 5 bits from bit 54."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProofResult:
     """How the kernels of a sharded object compare with those of the whole one."""
 
@@ -66,7 +66,7 @@ def compare_kernels(whole: Path, sharded: Path) -> ProofResult:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Kernel:
     """What a kernel consists of."""
 

@@ -59,7 +59,7 @@ class Verdict(enum.Enum):
     """It ran alone, on one CPU: the machine has too little memory for it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
     """What the compilation of a unit took."""
 
@@ -69,7 +69,7 @@ class Outcome:
     returncode: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunningUnit:
     """A granted unit."""
 
@@ -82,7 +82,7 @@ class RunningUnit:
     seconds_left: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WaitingUnit:
     """A unit that was asked for and not granted yet."""
 
@@ -92,7 +92,7 @@ class WaitingUnit:
     """Seconds since the broker was made."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DoneUnit:
     """A unit whose slot was given back."""
 
@@ -105,7 +105,7 @@ class DoneUnit:
     """None where the compilation broke off."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """How things stand at one moment."""
 
@@ -147,7 +147,7 @@ class Slot:
         return max(self._seconds - elapsed, elapsed * _OVERDUE)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Request:
     unit: UnitId
     estimate: Estimate

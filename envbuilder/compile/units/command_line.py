@@ -60,7 +60,7 @@ _NOT_IN_SHARDS = frozenset(
 _RESPONSE = ("--options-file", "-optf")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Unit:
     """A command that compiles one translation unit into one object file."""
 
@@ -98,7 +98,7 @@ class Unit:
         return [compiler, *words, *more, "-MD", "-MF", depfile, "-o", output]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Other:
     """Any other command: linking, `--version`, preprocessing. It is run as it is."""
 

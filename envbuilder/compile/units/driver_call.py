@@ -27,7 +27,7 @@ class DriverGoneError(DriverError):
         super().__init__("the compiler's driver is gone")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ran:
     """A compiler that has run."""
 

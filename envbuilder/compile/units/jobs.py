@@ -17,7 +17,7 @@ _UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}
 """Powers of two of Slurm's suffixes; without one, sbatch(1) counts in MiB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MachineLimits:
     """What may be used here."""
 

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from envbuilder.atomic import NEW_SUFFIX, make_folder, new_file, remove_leftovers, writing
+from envbuilder.bundle import hash_open
 from envbuilder.errors import MismatchError
 
 _FORMAT = 1
@@ -48,7 +49,7 @@ class DepfileError(ValueError):
     """A dependency file that can't be understood: which headers were read isn't known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CacheRequest:
     """What a unit's object depends on, as far as it is known before compiling."""
 
@@ -75,7 +76,7 @@ class CacheRequest:
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CachedObject:
     """A hit."""
 
@@ -86,7 +87,7 @@ class CachedObject:
     """What was stored along with it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Manifest:
     path: Path
     headers: dict[str, str]
@@ -119,7 +120,7 @@ class FileHashes:
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(f"{path} is no regular file")
             identity = _identity(found)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = hash_open(file)
             if _identity(os.fstat(descriptor)) != identity:
                 raise OSError(f"{path} changes while it is read")
         if self._clock() - max(found.st_mtime_ns, found.st_ctime_ns) > _FRESH_NS:

@@ -13,7 +13,6 @@ import os
 import socket
 import threading
 import time
-import tomllib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from statistics import median
 
 from envbuilder.atomic import FILE_MODE, make_folder, writing
 from envbuilder.errors import MismatchError
+from envbuilder.toml import tomllib
 
 SPLIT_WORK = 1.5
 """CPU time of a unit that nvcc compiles on several CPUs (--split-compile), by that on one: 1.2 to 1.6."""
@@ -56,7 +56,7 @@ _LARGE_SOURCE = 64 << 10
 """Bytes. A source of this size, or a larger one, is guessed to take twice as long as an empty one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class UnitId:
     """One translation unit, or one shard of it, as it is compiled."""
 
@@ -72,7 +72,7 @@ class UnitId:
     """E.g. "nvcc 13.0"."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Estimate:
     """What a unit will take on one CPU."""
 
@@ -83,7 +83,7 @@ class Estimate:
     """The unit was measured, here or where the tool was made; else it is guessed by its language."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Record:
     """One compilation on one CPU; what ran on several is brought back to one."""
 
@@ -94,7 +94,7 @@ class _Record:
     """Seconds since 1970."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _KnownUnit:
     """An entry of known_units.toml, which says what the fields are."""
 

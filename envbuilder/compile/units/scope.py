@@ -14,7 +14,7 @@ from envbuilder.model import UnitTiming
 Sharding = Literal["auto", "never", "force"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scope:
     """The build that units belong to."""
 

@@ -42,7 +42,7 @@ _KEPT = TypeAdapter(
 """What is cached beside an object: its headers, and what the compiler printed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Piece:
     """A unit or a shard of it, as it is compiled."""
 
@@ -57,7 +57,7 @@ class _Piece:
         return f"{self.output}.envbuilder.d"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Made:
     """What came of a piece."""
 
@@ -147,7 +147,7 @@ class UnitCompiler:
         named = self._id(call, unit, source)
         weights = [sum(weight_of(named, each) for each in some) for some in plan.instantiations]
         pieces = []
-        for number, (shard, instantiations) in enumerate(zip(plan.texts, plan.instantiations, strict=True)):
+        for number, (shard, instantiations) in enumerate(zip(plan.texts, plan.instantiations)):
             pieces.append(
                 self._piece(
                     call,
@@ -169,12 +169,10 @@ class UnitCompiler:
             self._show(call, made)
             if failed := next((one for one in made if one.status != 0), None):
                 return failed.status
-            for piece, one in zip(pieces, made, strict=True):
+            for piece, one in zip(pieces, made):
                 if one.content:
                     call.write(piece.output, one.content)
-            objects = [
-                one.content or call.read(piece.output) for piece, one in zip(pieces, made, strict=True)
-            ]
+            objects = [one.content or call.read(piece.output) for piece, one in zip(pieces, made)]
             if reason := _objects_differ(objects):
                 self._compiled_whole(source, reason)
                 return None
@@ -367,7 +365,7 @@ def _objects_differ(objects: Sequence[bytes]) -> str | None:
     """Why joined shards would not be the whole unit; see `check_shards`."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{number}.o") for number in range(len(objects))]
-        for path, content in zip(paths, objects, strict=True):
+        for path, content in zip(paths, objects):
             path.write_bytes(content)
         return check_shards(paths)
 

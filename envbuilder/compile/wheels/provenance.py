@@ -35,7 +35,7 @@ _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://slsa.dev/provenance/v1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BuildStory:
     """What the receipt of a build does not hold of how it was done."""
 

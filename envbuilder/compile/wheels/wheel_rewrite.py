@@ -37,7 +37,7 @@ _SIGNATURES = ("RECORD.jws", "RECORD.p7s")
 """They sign the RECORD that is replaced here."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Member:
     path: str
     executable: bool
