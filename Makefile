@@ -31,15 +31,16 @@ lint: $(VENV)/ready $(TEST_SITE)/ready env
 	PYTHONPATH=$(TEST_SITE) $(BIN)/mypy --strict --python-executable $(ENV_PYTHON) trainer
 
 test-unit: env
-	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab -n 2
+	$(BIN)/python -m pytest tests --ignore=tests/trainer --ignore=tests/lab -n 3 --instafail
 
 test-trainer: $(TEST_SITE)/ready $(TEST_VIEWERS)/ready env
 	# One thread a process: two processes on two cores, as under torchrun.
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_SITE) $(ENV_PYTHON) -m pytest tests/trainer -n 2
 
-# Needs root and the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2 squashfs-tools squashfuse lmod.
+# Needs root, the Debian packages slurm-wlm slurmdbd munge mariadb-server iproute2 squashfs-tools squashfuse lmod,
+# and a /dev/fuse for every user. Most of its tests wait most of the time: so three files at once.
 test-lab: $(VENV)/ready
-	$(BIN)/python -m pytest tests/lab --durations=15
+	$(BIN)/python -m pytest tests/lab -n 3 --dist loadfile --instafail --durations=15
 
 # The quickstart env: a second time it costs seconds.
 env: $(VENV)/ready
@@ -59,7 +60,7 @@ $(VENV)/ready: pyproject.toml | check-machine
 	touch $@
 
 $(TEST_SITE)/ready: $(VENV)/ready
-	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --target $(TEST_SITE) pytest types-pyyaml
+	$(BIN)/uv pip install --quiet --no-config --python $(BIN)/python --target $(TEST_SITE) pytest pytest-xdist types-pyyaml
 	touch $@
 
 $(TEST_VIEWERS)/ready: $(VENV)/ready

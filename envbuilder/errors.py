@@ -24,6 +24,8 @@ class EnvbuilderError(Exception):
         """What to do, as a command to type where there is one."""
         self.context = {key: str(value) for key, value in (context or {}).items()}
         """The facts: file, expected, got, …"""
+        self.result: dict[str, object] = {}
+        """What the command brought all the same, as it would have printed it: for `--json`."""
 
     def to_json(self) -> dict[str, object]:
         """The form that `--json` prints."""
@@ -33,6 +35,7 @@ class EnvbuilderError(Exception):
             "message": self.message,
             "context": self.context,
             "remedy": self.remedy,
+            **self.result,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,18 @@ def test_what_failed_is_raised_after_the_table_with_each_error_and_log(shown: Sh
         shown.standing(sweep, stopped)
     with pytest.raises(SlurmError):
         shown.standing(sweep, failure(sweep, 1, SlurmError("It was cancelled.", remedy="go on")))
+
+
+def test_for_machines_the_table_is_part_of_the_error(shown: Shown) -> None:
+    sweep = sweep_over("seed=1,2")
+    shown.run("x-seed1", 4.0, 1.0)
+    shown.opts = replace(shown.opts, json=True)
+    with pytest.raises(TrainingError) as caught:
+        shown.standing(sweep, failure(sweep, 1, TrainingError("The loss is not a number.", remedy="look")))
+    told = json.loads(json.dumps(caught.value.to_json(), default=str))
+    assert (told["sweep"], told["exit_code"]) == ("x", 10)
+    assert [(one["index"], one["state"]) for one in told["members"]] == [(0, "finished"), (1, "failed")]
+    assert shown.text.getvalue() == ""
 
 
 def test_runs_that_found_no_room_are_said_with_exit_code_75(shown: Shown) -> None:

@@ -546,6 +546,15 @@ def test_a_stop_by_hand_is_no_time_s_end(lab: Lab) -> None:
     assert not isinstance(caught.value, TimeEnded)
 
 
+def test_a_stop_file_that_comes_and_goes_unseen_is_a_stop_by_hand(lab: Lab) -> None:
+    with pytest.raises(StoppedError) as caught:
+        lab.train(
+            "fields = {'status': 'stopped', 'exit_code': 75, 'stopped_by_file': True}\n"
+            "(run / 'outcome.json').write_text(json.dumps(fields))"
+        )
+    assert not isinstance(caught.value, TimeEnded)
+
+
 def test_a_run_that_stops_by_itself_stops_for_the_time_s_end(lab: Lab) -> None:
     error = {"message": "Stopped after step 2.", "remedy": "Again.", "context": {}}
     rest = "more = {'jobs_left': 3, 'seconds_left': 3600, 'job_seconds': 1800}\n"

@@ -52,6 +52,11 @@ class StopRequest:
     def __call__(self) -> bool:
         return self._signalled or self._file.exists()
 
+    @property
+    def is_by_file(self) -> bool:
+        """Whether the stop file is there: whoever started this process may have missed it."""
+        return self._file.exists()
+
     def done(self) -> None:
         """The request was met: the next run starts without it."""
         self._file.unlink(missing_ok=True)
@@ -74,7 +79,8 @@ class Ending:
             status: Status = (
                 "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
             )
-            write_outcome(self._run_dir, status, self._progress, error)
+            by_file = status == "stopped" and self._stop.is_by_file
+            write_outcome(self._run_dir, status, self._progress, error, stopped_by_file=by_file)
             if status != "failed":
                 self._stop.done()
             if error is not None:

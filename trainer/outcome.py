@@ -49,11 +49,17 @@ class Progress:
 
 
 def write_outcome(
-    run_dir: Path, status: Status, progress: Progress, error: TrainerError | None = None
+    run_dir: Path,
+    status: Status,
+    progress: Progress,
+    error: TrainerError | None = None,
+    *,
+    stopped_by_file: bool = False,
 ) -> None:
     """Writes `outcome.json` atomically; the last thing that a run does."""
     outcome = {
         "status": status,
+        "stopped_by_file": stopped_by_file,
         "exit_code": error.exit_code if error else 0,
         "error": error.described() if error else None,
         "first_loss": progress.first_loss,

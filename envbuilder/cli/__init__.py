@@ -88,7 +88,7 @@ def _run(arguments: list[str]) -> None:
     except EnvbuilderError as error:
         error.remedy = _with_recipe(error.remedy, arguments)
         if "--json" in arguments:
-            print(json.dumps(error.to_json(), indent=2))
+            print(json.dumps(error.to_json(), indent=2, default=str))
         else:
             verbose = "--verbose" in arguments or "-v" in arguments
             display.print_error(Console(stderr=True, soft_wrap=True), error, verbose=verbose)

@@ -51,6 +51,10 @@ def doctor(
     config: Annotated[
         Optional[Path], typer.Option(help="A training config: check its model, data and memory too.")
     ] = None,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="A.B=C", help="Override a key of the config (may be repeated)."),
+    ] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
     log: Annotated[
         Optional[str], typer.Option(help="Explain a failed build's or job's log (- for standard input).")
@@ -75,7 +79,9 @@ def doctor(
             raise typer.Exit(ended)
     described = load_site(site) if site else None
     if recipe is not None:
-        subject = opts.session(recipe).subject(site=described, config=config, image_at=image_at)
+        subject = opts.session(recipe).subject(
+            site=described, config=config, overrides=tuple(overrides or ()), image_at=image_at
+        )
     else:
         subject = Subject(None, opts.root, None, site=described, config=config)
     if log is not None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from envbuilder import display, summary
 from envbuilder.cli.app import Options
-from envbuilder.errors import DoctorError, UsageError
+from envbuilder.errors import UsageError
 from envbuilder.paths import Root
 from envbuilder.session import Session
 from envbuilder.site import Site, in_bytes, load_site
@@ -21,8 +21,6 @@ from envbuilder.slurm_time import spoken
 
 if TYPE_CHECKING:
     from envbuilder.compile.units.records import Estimate
-    from envbuilder.doctor import Subject
-    from envbuilder.model import Finding
     from envbuilder.slurm.follow import Ended
     from envbuilder.slurm.plan import Plan
     from envbuilder.slurm.submit import Submitted
@@ -122,18 +120,6 @@ def _build_memory(site: Site, estimate: Estimate | None) -> str:
 
 
 # Of doctor's checks: what lets a training job fail that a login node can see.
-_BEFORE_TRAINING = (
-    "model.config",
-    "model.lock",
-    "model.weights",
-    "model.tokenizer",
-    "model.layers",
-    "model.memory",
-    "model.steps",
-    "data.lines",
-)
-
-
 def train_in_a_job(
     opts: Options,
     config: Path,
@@ -158,7 +144,7 @@ def train_in_a_job(
     Without `requeue`, the site says whether the job runs itself again until the run is done. Raises what
     ended the job, with its exit code.
     """
-    from envbuilder.doctor import expected_seconds
+    from envbuilder.cli.before_training import look_before_training
     from envbuilder.slurm.follow import follow
     from envbuilder.slurm.plan import Wishes, plan_train
     from envbuilder.slurm.sweep_queue import check_no_sweep_trains
@@ -178,12 +164,10 @@ def train_in_a_job(
     memory = ""
     if not instead.print_script:
         proved_env(opts.root, recipe_name, opts.reporter, allow_drift=allow_drift)
-        subject = subject_of(opts, config, recipe_name, site, overrides)
-        memory = next(
-            (f.summary for f in check_before_training(opts, subject) if f.check == "model.memory"), "unknown"
-        )
+        looked = look_before_training(opts, config, recipe_name, site_name, site, overrides)
+        memory = looked.memory
         if wishes.estimate_s is None and processes is None:
-            wishes = replace(wishes, estimate_s=expected_seconds(subject))
+            wishes = replace(wishes, estimate_s=looked.expected_s)
     typed = job_words(requeue, template)
     named = [] if run_name == config.stem else ["--run", run_name]
     words = ["train", str(config), "--sbatch", "--site", site_name, *flags, *named, *typed]
@@ -240,36 +224,6 @@ def job_words(requeue: bool | None, template: Path | None) -> list[str]:
     """The options that say how a job is submitted, as they were typed."""
     words = [] if requeue is None else ["--requeue" if requeue else "--no-requeue"]
     return words + _template_words(template)
-
-
-def subject_of(
-    opts: Options, config: Path, recipe_name: str, site: Site, overrides: tuple[str, ...]
-) -> Subject:
-    """What doctor looks at before such a training."""
-    own = Path("recipes") / f"{recipe_name}.toml"
-    recipe = own if own.is_file() else opts.root.bundle(recipe_name) / "recipe.toml"
-    return opts.session(recipe).subject(site=site, config=config, overrides=overrides)
-
-
-def check_before_training(opts: Options, subject: Subject) -> tuple[Finding, ...]:
-    """DoctorError where what the login node can see of model, data and memory lets the job fail."""
-    from envbuilder.doctor import choose_checks, run_checks
-
-    findings = run_checks(subject, opts.reporter, choose_checks(_BEFORE_TRAINING))
-    told: set[str] = set()
-    for finding in findings:
-        if finding.verdict == "failed":
-            raise DoctorError(
-                finding.summary,
-                remedy=finding.remedy or f"envbuilder doctor {subject.recipe_file} --config {subject.config}",
-                context={"check": finding.check, "evidence": "\n" + "\n".join(finding.evidence)},
-            )
-        if finding.verdict == "warning":
-            opts.reporter.warn(f"{finding.summary} {finding.remedy or ''}".strip())
-        elif finding.check in ("model.memory", "model.steps") and finding.summary not in told:
-            told.add(finding.summary)  # one reason may be that of several which were left out
-            opts.reporter.note(finding.summary)
-    return findings
 
 
 def print_ended(opts: Options, ended: Ended) -> None:

@@ -71,16 +71,15 @@ def print_standing(
     """Prints how far each member is. `is_over` says that the `tasks` have ended, all but the `failures` well.
 
     Raises then, after the table, the error that members ended with, and StoppedError where some were never
-    submitted.
+    submitted; for machines, the table is part of that error.
     """
     standings = _standings(opts.root, sweep, tasks, failures, is_over=is_over)
     error = _error(sweep, failures, standings, again) if is_over else None
+    data: dict[str, object] = {"sweep": sweep.name, "members": [_data(standing) for standing in standings]}
     if error is None or not opts.json:
-        opts.result(
-            {"sweep": sweep.name, "members": [_data(standing) for standing in standings]},
-            lambda console: _show(console, opts.root, sweep, standings),
-        )
+        opts.result(data, lambda console: _show(console, opts.root, sweep, standings))
     if error is not None:
+        error.result = data
         raise error
 
 

@@ -13,11 +13,9 @@ import typer
 from envbuilder.cli.app import DryRun, Options, PrintScript, ScriptTemplate, app
 from envbuilder.cli.submitting import (
     Instead,
-    check_before_training,
     is_chain,
     job_words,
     site_of,
-    subject_of,
     submitted,
     training_words,
     typed_again,
@@ -105,7 +103,7 @@ def sweep(
     named = [] if swept.name == config.stem else ["--name", swept.name]
     named += [] if at_once is None else ["--at-once", str(at_once)]
     words = ["sweep", str(config), "--site", site, *flags, *named, *job_words(requeue, template)]
-    order = _Order(swept, config, facts, flags, wishes, at_once, typed_again(opts.root, words))
+    order = _Order(swept, config, site, facts, flags, wishes, at_once, typed_again(opts.root, words))
     check_same_sweep(opts.root, swept)
     unfinished = [member for member in swept.members if not has_finished(opts.root.run(member.run))]
     if print_script and unfinished:
@@ -133,6 +131,8 @@ class _Order:
 
     sweep: Sweep
     config: Path
+    site_name: str
+    """As it was typed."""
     site: Site
     flags: Sequence[str]
     """Those that say what the sweep is, and how it is trained."""
@@ -167,7 +167,7 @@ def _looked_at(
     Returns what is to be said of the memory, and the seconds that the longest run is expected to take.
     Raises what is wrong, with the member's name.
     """
-    from envbuilder.doctor import expected_seconds
+    from envbuilder.cli.before_training import look_before_training
     from envbuilder.train import proved_env
     from envbuilder.train.metrics import seconds_left
 
@@ -176,15 +176,16 @@ def _looked_at(
     estimates: list[float | None] = []
     for alike in _alike(rest):
         overrides = order.sweep.overrides_of(alike[0])
-        subject = subject_of(opts, order.config, order.sweep.recipe, order.site, overrides)
         try:
-            findings = check_before_training(opts, subject)
+            looked = look_before_training(
+                opts, order.config, order.sweep.recipe, order.site_name, order.site, overrides
+            )
         except EnvbuilderError as error:
             error.message = f"{alike[0].run}: {error.message}"
             error.context["members"] = ", ".join(member.run for member in alike)
             raise
-        memories |= {finding.summary: None for finding in findings if finding.check == "model.memory"}
-        usual = expected_seconds(subject) if processes is None else None
+        memories[looked.memory] = None
+        usual = looked.expected_s if processes is None else None
         estimates += [seconds_left(opts.root.run(member.run)) or usual for member in alike]
     known = [estimate for estimate in estimates if estimate is not None]
     return "; ".join(memories) or "unknown", max(known) if len(known) == len(estimates) else None

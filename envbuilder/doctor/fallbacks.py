@@ -4,7 +4,8 @@ A standalone script: standard library and the env's own packages, run by the env
 `python fallbacks.py --config FILE` (a training config) or `--model-type nemotron_h`. transformers takes a
 compiled kernel where its package can be imported, and swallows the error where it can't; here the import is
 tried again, so that the error shows. It prints one line of JSON:
-`{"model_type", "device", "problem", "kernels": [{"name", "package", "used"}], "installed", "errors"}`.
+`{"model_type", "device", "problem", "is_native", "kernels": [{"name", "package", "used"}], "installed",
+"errors"}`. `is_native` is false where transformers has no code of its own for the model.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def report(model_type: str, device: str) -> dict[str, Any]:
     """What is to be printed."""
     try:
         kernels = chosen_kernels(model_code(model_type))
+    except ModuleNotFoundError as error:
+        is_native = not (error.name or "").startswith("transformers.models.")
+        return {**_nothing(model_type, device, f"{type(error).__name__}: {error}"), "is_native": is_native}
     except Exception as error:
         return _nothing(model_type, device, f"{type(error).__name__}: {error}")
     packages = dict.fromkeys(kernel["package"] for kernel in kernels)
@@ -112,7 +116,7 @@ def report(model_type: str, device: str) -> dict[str, Any]:
 
 def _nothing(model_type: str | None, device: str, problem: str | None) -> dict[str, Any]:
     empty: dict[str, Any] = {"kernels": [], "installed": {}, "errors": {}}
-    return {"model_type": model_type, "device": device, "problem": problem, **empty}
+    return {"model_type": model_type, "device": device, "problem": problem, "is_native": True, **empty}
 
 
 def _why_slow(kernel: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -85,7 +86,7 @@ def supervise(
         finally:
             _end_processes(run)
             process.wait()
-    by_hand = received[0] is not signal.SIGUSR1 if received else asked
+    by_hand = received[0] is not signal.SIGUSR1 if received else asked or _stopped_by_file(run)
     return Ended(process.returncode, log, log_start, by_hand)
 
 
@@ -120,6 +121,14 @@ def _follow(
         if outcome_seen is not None and time.monotonic() - outcome_seen > LINGER_S:
             reporter.warn(f"the processes of {run.name} did not end by themselves, and were killed")
             return asked
+
+
+def _stopped_by_file(run: Path) -> bool:
+    """Whether the trainer found RUN/stop, which it removes: perhaps before anybody else has seen it."""
+    try:
+        return bool(json.loads((run / "outcome.json").read_bytes()).get("stopped_by_file"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager

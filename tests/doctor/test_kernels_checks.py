@@ -197,6 +197,18 @@ def test_an_env_whose_transformers_is_missing_fails(make_env: MakeEnv, tmp_path:
     assert any("ModuleNotFoundError" in line for line in finding.evidence)
 
 
+def test_a_transformers_that_does_not_know_the_model_has_chosen_nothing(make_env: MakeEnv) -> None:
+    # As releases before Nemotron-H was native: there the model's own code is run.
+    names = "def model_type_to_module_name(name):\n    return name\n"
+    models = "transformers/models"
+    files = {f"{folder}/__init__.py": "" for folder in ("transformers", models, f"{models}/auto")}
+    env = make_env(files={**files, f"{models}/auto/configuration_auto.py": names})
+    env.change_receipt(packages=(*env.receipt.packages, KERNEL))
+    finding = env.check("gpu.fallbacks")
+    assert finding.verdict == "skipped"
+    assert "no code of its own for nemotron_h" in finding.summary
+
+
 def test_a_model_without_its_package_is_a_warning_where_it_is_to_run_on_a_gpu(
     root: Root, programs: Programs
 ) -> None:
@@ -205,6 +217,7 @@ def test_a_model_without_its_package_is_a_warning_where_it_is_to_run_on_a_gpu(
         "model_type": "nemotron_h",
         "device": "cuda",
         "problem": None,
+        "is_native": True,
         "kernels": [
             {"name": "mamba_chunk_scan_combined", "package": "mamba_ssm", "used": "torch's slow path"}
         ],

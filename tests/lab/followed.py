@@ -178,8 +178,8 @@ def cluster_up(*, memory_limits: bool = False) -> Iterator[Cluster]:
             lab.cancel_all()  # so that no follower waits for ever
 
 
-def wait_until(condition: Any, what: str, seconds: float = 180) -> None:
+def wait_until(condition: Any, what: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"gave up waiting until {what}"
-        time.sleep(0.1)
+        time.sleep(0.3)  # What is asked of Slurm costs time that the jobs need.

@@ -28,6 +28,13 @@ _SCRIPT = {"one.py": "def main():\n    print('one runs')\n", "one-1.0.dist-info/
 )}  # fmt: skip
 
 
+def need_fuse() -> None:
+    """Every user must be able to mount: so it is where udev runs, and often not in a container."""
+    fuse = Path("/dev/fuse")
+    is_open = fuse.exists() and fuse.stat().st_mode & 0o006 == 0o006
+    assert is_open, "make test-lab needs a /dev/fuse for every user: chmod 666 /dev/fuse"
+
+
 def make_tiny_image(folder: Path) -> ImageReport:
     """The image of a small env with a stand-in for the trainer, in `folder`/root; all else is removed."""
     wheels = folder / "wheels"

@@ -103,6 +103,7 @@ class SlurmLab:
         """With `memory_limits`, the kernel kills what uses more memory than its job asked for."""
         self._memory_limits = memory_limits
         self._controller: subprocess.Popen[bytes] | None = None
+        self._services: dict[str, subprocess.Popen[bytes]] = {}
         self.nodes = tuple(f"node{number}" for number in range(1, nodes + 1))
         self._tag = f"lab{os.getpid() % 100000}"
         self._network = f"10.99.{os.getpid() % 250 + 1}"
@@ -174,13 +175,13 @@ class SlurmLab:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def wait_for_job(self, job_id: str, *, seconds: float = 240) -> str:
+    def wait_for_job(self, job_id: str) -> str:
         """Waits for the job's end, and returns its state, e.g. "COMPLETED"."""
 
         def ended() -> bool:
             return self.job_state(job_id) not in {"", "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
 
-        _wait_until(ended, f"job {job_id} has ended", seconds)
+        _wait_until(ended, f"job {job_id} has ended")
         return self.job_state(job_id)
 
     def job_state(self, job_id: str) -> str:
@@ -191,11 +192,7 @@ class SlurmLab:
     def cancel_all(self) -> None:
         """Cancels every job and waits until none is left, so that a test finds its limits unused."""
         _run(["scancel", f"--user={USER}"], self._root_env)
-        _wait_until(
-            lambda: not _run(["squeue", "--noheader"], self._root_env).strip(),
-            "the queue is empty",
-            seconds=120,
-        )
+        _wait_until(lambda: not _run(["squeue", "--noheader"], self._root_env).strip(), "the queue is empty")
 
     def cancel_as_operator(self, job_id: str) -> None:
         """Cancels a job as somebody else than who submitted it."""
@@ -221,7 +218,7 @@ class SlurmLab:
             states = _run(["sinfo", "-h", "-n", node, "-p", PARTITION, "-o", "%T"], self._root_env).split()
             return states in (["idle"], ["mixed"], ["allocated"])
 
-        _wait_until(is_back, f"{node} is back", seconds=120)
+        _wait_until(is_back, f"{node} is back")
 
     def stop_controller(self) -> None:
         """Ends slurmctld: Slurm's commands get no answer, jobs go on."""
@@ -325,7 +322,7 @@ class SlurmLab:
             "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M",
         )  # fmt: skip
         client = ["mariadb", "--no-defaults", f"--socket={database}/socket", "--execute"]
-        _wait_until(lambda: _works([*client, "SELECT 1"]), "the database answers", seconds=120)
+        self._wait_for(lambda: _works([*client, "SELECT 1"]), "the database answers")
         _run([
             *client,
             f"CREATE USER slurm@'%' IDENTIFIED BY '{self._password}';"
@@ -333,9 +330,7 @@ class SlurmLab:
         ])  # fmt: skip
         env = self._root_env
         self._start("slurmdbd", "slurmdbd", "-D")
-        _wait_until(
-            lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers", seconds=120
-        )
+        self._wait_for(lambda: _works(["sacctmgr", "-n", "list", "cluster"], env), "slurmdbd answers")
         _run(["sacctmgr", "-iQ", "add", "cluster", "lab"], env)
         self.start_controller()
         self._cleanup.callback(self._cancel_on_exit)
@@ -343,16 +338,16 @@ class SlurmLab:
             if self._memory_limits:
                 self._cleanup.callback(_remove_cgroups, Path("/sys/fs/cgroup/memory", f"slurm_{node}"))
             self._start_node(i, node)
-        _wait_until(lambda: _works(["scontrol", "ping"], env), "slurmctld answers", seconds=120)
+        self._wait_for(lambda: _works(["scontrol", "ping"], env), "slurmctld answers")
         # A limit on a resource that slurmctld has not registered yet would be lost without a word.
-        _wait_until(lambda: "gres" in _run(["sacctmgr", "-nP", "show", "tres"], env), "gpus are known", 20)
+        self._wait_for(lambda: "gres" in _run(["sacctmgr", "-nP", "show", "tres"], env), "gpus are known")
         self._make_accounts()
 
         def nodes_are_idle() -> bool:
             states = _run(["sinfo", "-h", "-N", "-p", PARTITION, "-o", "%T"], env).split()
             return states == ["idle"] * len(self.nodes)
 
-        _wait_until(nodes_are_idle, "the nodes are idle", seconds=120)
+        self._wait_for(nodes_are_idle, "the nodes are idle")
 
     def _start_node(self, number: int, node: str) -> None:
         etc = self.folder / "etc"
@@ -396,7 +391,19 @@ class SlurmLab:
                 start_new_session=True,
             )
         self._cleanup.callback(_end, process)
+        self._services[name] = process
         return process
+
+    def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits until it holds; fails with its log where a service has ended meanwhile."""
+
+        def holds() -> bool:
+            for name, process in self._services.items():
+                log = (self.folder / "log" / name).read_text(errors="replace")
+                assert process.poll() is None, f"{name} has ended: {log[-1000:]}"
+            return condition()
+
+        _wait_until(holds, what)
 
     def _cancel_on_exit(self) -> None:
         with suppress(AssertionError):  # Where it fails, the namespaces' processes are killed in any case.
@@ -433,16 +440,23 @@ def _works(argv: Sequence[str], env: dict[str, str] | None = None) -> bool:
     return subprocess.run(argv, env=env, capture_output=True, check=False).returncode == 0
 
 
-def _wait_until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"gave up waiting until {what}"
-        time.sleep(0.1)
+        time.sleep(0.3)  # What is asked of Slurm costs time that the jobs need.
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports of this process's own: below those that the kernel gives out, and not another lab's that starts now."""
+    first = 10_000 + os.getpid() % 250 * 40
+    return [port for port in range(first, first + 40) if _is_free(port)][:count]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("", port))
+        except OSError:
+            return False
+        return True

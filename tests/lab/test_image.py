@@ -27,7 +27,7 @@ from envbuilder.kept_images import marker_of
 from envbuilder.paths import Root
 from envbuilder.report import Quiet
 from envbuilder.train import run_training
-from tests.lab.images import SYSTEM_PYTHON, make_tiny_image
+from tests.lab.images import SYSTEM_PYTHON, make_tiny_image, need_fuse
 
 pytestmark = pytest.mark.lab
 
@@ -36,6 +36,7 @@ USER = 61_008
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ImageReport:
+    need_fuse()
     return make_tiny_image(tmp_path_factory.mktemp("image") / "made")
 
 

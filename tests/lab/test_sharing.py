@@ -31,6 +31,7 @@ from envbuilder.paths import Root
 from envbuilder.report import Quiet, Unit
 from envbuilder.sharing import PublishReport, open_shared_folder, publish, use_published
 from envbuilder.sharing.shared_folder import CURRENT
+from tests.lab.images import need_fuse
 from tests.sharing.published import MINOR, NAME, make_root, published
 
 pytestmark = pytest.mark.lab
@@ -265,6 +266,7 @@ def keep_as_image(root: Root) -> None:
 def test_an_env_that_is_an_image_is_mounted_by_the_second_user_where_the_first_has_published_it(
     top: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    need_fuse()
     # This process's interpreter and source tree are perhaps nothing for the others.
     tool = top / "tool/envbuilder"
     tool.mkdir(parents=True)

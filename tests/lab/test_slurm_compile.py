@@ -280,7 +280,7 @@ def test_a_full_qos_is_told_with_what_is_in_it_and_can_be_waited_for(cluster: Cl
         time.sleep(2)  # It has nothing to show while it waits, but that it does.
         assert waiting.poll() is None
         cluster.lab.as_user(["scancel", first])
-        assert waiting.wait(timeout=240) == 0, (home / "said.txt").read_text()
+        assert waiting.wait(timeout=600) == 0, (home / "said.txt").read_text()
     finally:
         waiting.kill()
         waiting.wait()
@@ -304,7 +304,7 @@ def test_a_compile_whose_time_ends_goes_on_in_its_next_life_and_compiles_nothing
     words = ["compile", recipe, "--sbatch", "--site", home / "lab.toml", "--requeue", "--no-wait"]
     job = cluster.envbuilder(*words)["job"]
     progress = home / "root" / "logs" / "slurm" / f"progress-{job}.json"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not progress.exists() or json.loads(progress.read_text())["done"] < 1:
         assert time.monotonic() < deadline, Path(home / "root/logs/slurm").glob("*.log")
         time.sleep(0.2)

@@ -110,8 +110,12 @@ def test_a_job_runs_in_the_user_s_own_script(cluster: Cluster) -> None:
     # There is no recipe r.toml: the job's own error comes back through a script that is the user's.
     assert (ended["error"], ended["exit_code"]) == ("InputError", 3)
     assert "mine: envbuilder-compile-tiny" in Path(ended["context"]["log"]).read_text()
-    limit = cluster.lab.as_user(["sacct", "-X", "-n", "-o", "Timelimit"]).stdout.split()
-    assert limit[-1] == "00:03:00"
+
+    def limits() -> list[str]:
+        return cluster.lab.as_user(["sacct", "-X", "-n", "-o", "Timelimit"]).stdout.split()
+
+    wait_until(limits, "the accounts know the job")
+    assert limits() == ["00:03:00"]
 
 
 def test_at_the_usual_pace_a_job_is_followed_by_its_own_files(cluster: Cluster) -> None:

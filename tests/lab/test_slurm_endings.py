@@ -45,7 +45,8 @@ JOBS: dict[str, tuple[str, dict[str, object]]] = {
         "time.sleep(6000 if life == 1 else 0)\n"
         "ready(2, 2, stage='done')\n"
         "print(f'life {life} did all')",
-        {"walltime": "00:01:00", "asked": {"warned": True, "requeue": True}},
+        # Slurm may warn a minute too early: a job of one minute would perhaps not listen yet.
+        {"walltime": "00:02:00", "asked": {"warned": True, "requeue": True}},
     ),
     "standstill": ("ready(1, 5)\nagain()", {"asked": {"requeue": True}}),
     "stopped": ("sys.exit(75)", {}),

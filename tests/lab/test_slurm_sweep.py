@@ -62,7 +62,7 @@ def test_seeds_and_data_sets_train_two_at_a_time_and_what_failed_is_trained_by_t
     array = first.partition("_")[0]
     assert [member["job"] for member in submitted["members"]] == [f"{array}_{index}" for index in range(4)]
     # One that runs is cancelled; the others don't notice.
-    wait_until(lambda: len(cluster.steps(runs[0])) > 2, "the first trains", seconds=120)
+    wait_until(lambda: len(cluster.steps(runs[0])) > 2, "the first trains")
     now = {job["id"]: job for job in cluster.envbuilder("status")["jobs"]}
     assert now[first]["run"] == runs[0]
     assert now[first]["progress"]["total"] == 24
@@ -74,6 +74,7 @@ def test_seeds_and_data_sets_train_two_at_a_time_and_what_failed_is_trained_by_t
     assert f"The job {first} was cancelled by you." in error["context"][runs[0]]
     assert f"sweep-grid-{first}.log" in error["context"][runs[0]]
     assert "envbuilder --root" in error["remedy"]
+    assert states(error) == {runs[0]: "failed", **dict.fromkeys(runs[1:], "finished")}
     assert [cluster.outcome(run)["status"] for run in runs[1:]] == ["finished"] * 3
     # A task by itself is a job like any other.
     single = cluster.envbuilder("status", "--follow", f"{array}_1")
@@ -122,7 +123,7 @@ def test_as_many_are_submitted_as_the_queue_takes_and_each_goes_on_in_its_next_l
     submitted = cluster.envbuilder(*command, "--no-wait")
     assert states(submitted) == {"short-seed1-first": "queued", "short-seed2-first": "unfinished"}
     job = submitted["members"][0]["job"]
-    wait_until(lambda: len(cluster.steps("short-seed1-first")) > 2, "it trains", seconds=120)
+    wait_until(lambda: len(cluster.steps("short-seed1-first")) > 2, "it trains")
     cluster.lab.as_user(["scancel", "--signal=USR1", "--batch", job])
     rest = cluster.envbuilder("status", "--follow", job.partition("_")[0], exit_code=75)
     assert rest["message"] == "1 of 2 runs of the sweep short are not finished, and in no queue."

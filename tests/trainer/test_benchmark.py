@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,11 +12,37 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.stitched import compare
 from benchmarks.training import ours
 from benchmarks.training.profile import Event, busy, kind_of, profile_steps, summary
 from benchmarks.training.work import Work
 
 REPOSITORY = Path(__file__).parent.parent.parent
+
+
+def stitched(*more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.stitched", "--tiny", "--steps", "12"]
+    quick = ["--set", "step_scheduler.val_every_steps=null", "--set", "samples.prompts=[]"]
+    return subprocess.run(
+        [*command, *quick, *more], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+
+def test_jobs_of_several_processes_have_the_losses_of_one_job() -> None:
+    run = stitched("--jobs", "2", "--processes", "2")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^job 2 of 2, steps \d+ to 12: first after ", run.stdout, re.MULTILINE)
+    assert "all 12 losses are the same numbers" in run.stdout
+
+
+def test_losses_that_differ_and_jobs_that_fail_are_told() -> None:
+    assert compare([3.0, 2.0, 1.0], [3.0, 2.5, 1.25]) == (
+        "2 of 3 losses differ, first in step 2, most in step 2: 0.5"
+    )
+    assert compare([3.0, 2.0], [3.0]) == "2 steps in one job, 1 in several"
+    run = stitched("--jobs", "2", "--set", "peft.dim=none")
+    assert run.returncode == 1
+    assert "peft.dim" in run.stdout
 
 
 @pytest.fixture

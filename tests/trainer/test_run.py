@@ -65,6 +65,7 @@ def test_stopping_and_going_on_gives_the_losses_of_an_uninterrupted_run(
     while (ended := run_trainer(*settings, run="parts"))[0] == 75:
         stops.append(ended[1]["steps"])
         assert ended[1]["status"] == "stopped"
+        assert ended[1]["stopped_by_file"]
         assert "run the same command again" in ended[1]["error"]["remedy"]
         assert not stop.exists()
         if len(stops) < 3:
@@ -91,6 +92,7 @@ def test_sigterm_stops_at_the_next_step_boundary(
     monkeypatch.setattr(Metrics, "write", signal_during_step_2)
     code, outcome = run_trainer()
     assert (code, outcome["status"], outcome["steps"]) == (75, "stopped", 2)
+    assert not outcome["stopped_by_file"]
     assert (tmp_path / "run/checkpoints/step-000002/COMMITTED").exists()
 
 

@@ -131,6 +131,8 @@ DEFAULT_MODEL = "nemotron_h"
 def judge_fallbacks(report: dict[str, Any], subject: Subject) -> Outcome:
     """The verdict on what fallbacks.py prints: a package that is there must be the one that is used."""
     model, kernels, errors = report["model_type"], report["kernels"], report["errors"]
+    if not report["is_native"]:
+        return skipped(f"This transformers has no code of its own for {model}: it would run the model's.")
     if report["problem"]:
         return failed(
             f"transformers' code for {model or 'the model'} can't be used.",
