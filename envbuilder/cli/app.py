@@ -124,6 +124,27 @@ SiteName = Annotated[
     typer.Option("--site", help="The site's name (recipes/sites/NAME.toml) or file, for --sbatch."),
 ]
 
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="A.B=C", help="Override a key of the config (may be repeated)."),
+]
+Processes = Annotated[
+    Optional[int],
+    typer.Option(help="Processes on each node (default: one for each visible GPU, else one).", min=1),
+]
+AllowDrift = Annotated[
+    bool, typer.Option("--allow-drift", help="Train in an env that is not as it was installed.")
+]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it alone.")]
+Requeue = Annotated[
+    Optional[bool],
+    typer.Option(
+        "--requeue/--no-requeue",
+        help="The job runs itself again until all is done (default: the site's allow-chain).",
+    ),
+]
+After = Annotated[Optional[str], typer.Option(metavar="JOB", help="Start the job when this one has ended.")]
+WaitForQos = Annotated[bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")]
 PrintScript = Annotated[
     bool, typer.Option("--print-script", help="Print what --sbatch would submit, and submit nothing.")
 ]

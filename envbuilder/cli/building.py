@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from envbuilder import summary
 from envbuilder.cli.app import (
+    After,
     DryRun,
     Options,
     PrintScript,
     PythonExe,
     RecipePath,
+    Requeue,
     ScriptTemplate,
     SiteName,
+    Wait,
+    WaitForQos,
     app,
     own_job,
 )
@@ -45,22 +49,10 @@ def compile_(
         bool,
         typer.Option("--prove", help="Compile sharded units whole too, and compare their machine code."),
     ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it alone.")
-    ] = True,
-    requeue: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--requeue/--no-requeue",
-            help="The job runs itself again until all is built (default: the site's allow-chain).",
-        ),
-    ] = None,
-    after: Annotated[
-        Optional[str], typer.Option(metavar="JOB", help="Start the job when this one has ended.")
-    ] = None,
-    wait_for_qos: Annotated[
-        bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")
-    ] = False,
+    wait: Wait = True,
+    requeue: Requeue = None,
+    after: After = None,
+    wait_for_qos: WaitForQos = False,
     print_script: PrintScript = False,
     dry_run: DryRun = False,
     template: ScriptTemplate = None,

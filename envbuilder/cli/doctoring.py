@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from envbuilder import display
-from envbuilder.cli.app import Options, app
+from envbuilder.cli.app import (
+    Options,
+    Overrides,
+    app,
+)
 from envbuilder.cli.imaging import IMAGE_AT, again_in_image
 from envbuilder.errors import DoctorError
 from envbuilder.findings import counts
@@ -51,10 +55,7 @@ def doctor(
     config: Annotated[
         Optional[Path], typer.Option(help="A training config: check its model, data and memory too.")
     ] = None,
-    overrides: Annotated[
-        Optional[list[str]],
-        typer.Option("--set", metavar="A.B=C", help="Override a key of the config (may be repeated)."),
-    ] = None,
+    overrides: Overrides = None,
     list_checks: Annotated[bool, typer.Option("--list", help="List the checks.")] = False,
     log: Annotated[
         Optional[str], typer.Option(help="Explain a failed build's or job's log (- for standard input).")

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from envbuilder.cli.app import DryRun, Options, PrintScript, ScriptTemplate, app
+from envbuilder.cli.app import (
+    After,
+    AllowDrift,
+    DryRun,
+    Options,
+    Overrides,
+    PrintScript,
+    Processes,
+    Requeue,
+    ScriptTemplate,
+    Wait,
+    WaitForQos,
+    app,
+)
 from envbuilder.cli.submitting import (
     Instead,
     is_chain,
@@ -36,18 +49,6 @@ Over = Annotated[
     list[str],
     typer.Option("--over", metavar="A.B=C,D,…", help="A key and the values that it takes (may be repeated)."),
 ]
-Overrides = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", metavar="A.B=C", help="Override a key in all runs (may be repeated)."),
-]
-Processes = Annotated[
-    Optional[int],
-    typer.Option(help="Processes on each node (default: one for each visible GPU, else one).", min=1),
-]
-AllowDrift = Annotated[
-    bool, typer.Option("--allow-drift", help="Train in an env that is not as it was installed.")
-]
-
 _UNCHECKED = frozenset({"seed", "optimizer", "lr_scheduler", "divergence"})
 """Sections whose numbers nothing depends on that can be looked at before training."""
 
@@ -66,22 +67,10 @@ def sweep(
     ] = None,
     processes: Processes = None,
     allow_drift: AllowDrift = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the jobs to their end, or leave them alone.")
-    ] = True,
-    requeue: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--requeue/--no-requeue",
-            help="Each job runs itself again until its run is done (default: the site's allow-chain).",
-        ),
-    ] = None,
-    after: Annotated[
-        Optional[str], typer.Option(metavar="JOB", help="Start the jobs when this one has ended.")
-    ] = None,
-    wait_for_qos: Annotated[
-        bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")
-    ] = False,
+    wait: Wait = True,
+    requeue: Requeue = None,
+    after: After = None,
+    wait_for_qos: WaitForQos = False,
     print_script: PrintScript = False,
     dry_run: DryRun = False,
     template: ScriptTemplate = None,

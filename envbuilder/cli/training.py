@@ -10,13 +10,20 @@ import typer
 
 from envbuilder import display, summary
 from envbuilder.cli.app import (
+    After,
+    AllowDrift,
     DryRun,
     Options,
+    Overrides,
     PrintScript,
+    Processes,
     PythonExe,
     RecipePath,
+    Requeue,
     ScriptTemplate,
     SiteName,
+    Wait,
+    WaitForQos,
     app,
     own_job,
 )
@@ -32,39 +39,20 @@ def train(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The training config, YAML.")],
     recipe: Annotated[str, typer.Option(metavar="NAME", help="Name of the recipe whose env to train in.")],
-    overrides: Annotated[
-        Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a key (may be repeated).")
-    ] = None,
-    processes: Annotated[
-        Optional[int],
-        typer.Option(help="Processes on each node (default: one for each visible GPU, else one).", min=1),
-    ] = None,
+    overrides: Overrides = None,
+    processes: Processes = None,
     run: Annotated[Optional[str], typer.Option(help="The run's name (default: the config's).")] = None,
     time_limit: Annotated[
         Optional[str],
         typer.Option(metavar="HH:MM:SS", help="Stop in good order within this time (in a job: its end)."),
     ] = None,
-    allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Train in an env that is not as it was installed.")
-    ] = False,
+    allow_drift: AllowDrift = False,
     sbatch: Annotated[bool, typer.Option("--sbatch", help="Submit this command as a Slurm job.")] = False,
     site: SiteName = None,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end, or leave it alone.")
-    ] = True,
-    requeue: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--requeue/--no-requeue",
-            help="The job runs itself again until the run is done (default: the site's allow-chain).",
-        ),
-    ] = None,
-    after: Annotated[
-        Optional[str], typer.Option(metavar="JOB", help="Start the job when this one has ended.")
-    ] = None,
-    wait_for_qos: Annotated[
-        bool, typer.Option("--wait-for-qos", help="Submit once the QoS takes another job.")
-    ] = False,
+    wait: Wait = True,
+    requeue: Requeue = None,
+    after: After = None,
+    wait_for_qos: WaitForQos = False,
     print_script: PrintScript = False,
     dry_run: DryRun = False,
     template: ScriptTemplate = None,

@@ -238,6 +238,8 @@ class SlurmLab:
         owners = {
             "munge": "munge",
             "database": "mysql",
+            # A database's start removes what looks like temporary tables: in /tmp, another lab's too.
+            "database_tmp": "mysql",
             "state": "slurm",
             "home": USER,
             "other_home": OTHER_USER,
@@ -307,17 +309,18 @@ class SlurmLab:
 
     def _start_services(self) -> None:
         database, munge = self.folder / "database", self.folder / "munge"
+        apart = f"--tmpdir={self.folder / 'database_tmp'}"
         self._start(
             "munged", "setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground",
             f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
             f"--seed-file={munge}/seed", f"--log-file={munge}/log",
         )  # fmt: skip
         _run([
-            "mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={database}", "--skip-test-db",
-            "--auth-root-authentication-method=socket",
+            "mariadb-install-db", "--no-defaults", "--user=mysql", f"--datadir={database}", apart,
+            "--skip-test-db", "--auth-root-authentication-method=socket",
         ])  # fmt: skip
         self._start(
-            "mariadbd", "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={database}",
+            "mariadbd", "mariadbd", "--no-defaults", "--user=mysql", f"--datadir={database}", apart,
             f"--socket={database}/socket", "--bind-address=127.0.0.1", f"--port={self._database_port}",
             "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=8M",
         )  # fmt: skip
@@ -448,7 +451,7 @@ def _wait_until(condition: Callable[[], bool], what: str, seconds: float = 600) 
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of this process's own: below those that the kernel gives out, and not another lab's that starts now."""
+    """Ports of this process alone, for others start labs too: below those that the kernel gives out."""
     first = 10_000 + os.getpid() % 250 * 40
     return [port for port in range(first, first + 40) if _is_free(port)][:count]
 

@@ -36,7 +36,7 @@ JOBS: dict[str, tuple[str, dict[str, object]]] = {
     "timeout": ("time.sleep(6000)", {"walltime": "00:01:00"}),
     "lives": (
         "def stop(*_):\n"
-        "    print(f'life {life} stops')\n"
+        "    print(f'life {life} stops', flush=True)\n"
         "    again()\n"
         "signal.signal(signal.SIGUSR1, stop)\n"
         "before = read_progress(path)\n"
