@@ -45,6 +45,20 @@ def test_losses_that_differ_and_jobs_that_fail_are_told() -> None:
     assert "peft.dim" in run.stdout
 
 
+def test_packing_and_the_first_step_are_tried_on_the_cpu(tmp_path: Path) -> None:
+    for words, said in (
+        (["benchmarks.packing", "--tiny"], "\nright\n"),
+        (
+            ["benchmarks.first_step", str(tmp_path / "model"), "--tiny", "--starts", "1"],
+            "start 1, steps 1 to",
+        ),
+    ):
+        command = [sys.executable, "-m", *words]
+        run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert said in run.stdout
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
     return Work(
