@@ -18,6 +18,7 @@ from envbuilder.own_program import own_command
 from envbuilder.site import Site
 from envbuilder.slurm.verdict import OWN_ERRORS
 
+# Of doctor's checks: what lets a training job fail that a login node can see.
 _CHECKS = (
     "model.config",
     "model.lock",
@@ -37,7 +38,7 @@ class Looked:
     memory: str
     """What is to be said of the memory that it takes."""
     expected_s: float | None
-    """What it takes, its start too, by a former run's speed; None where none tells."""
+    """What it takes, its start too, by a former run's speed. None where none tells, and in an image."""
 
 
 def look_before_training(
@@ -47,13 +48,15 @@ def look_before_training(
     own = Path("recipes") / f"{recipe_name}.toml"
     recipe = own if own.is_file() else opts.root.bundle(recipe_name) / "recipe.toml"
     subject = opts.session(recipe).subject(site=site, config=config, overrides=tuple(overrides))
-    if subject.env is None and find_image(opts.root, recipe_name) is not None:
-        findings = _found_in_image(opts, recipe, config, site_name, overrides)
-    else:
-        findings = run_checks(subject, opts.reporter, choose_checks(_CHECKS))
+    is_image = subject.env is None and find_image(opts.root, recipe_name) is not None
+    findings = (
+        _found_in_image(opts, recipe, config, site_name, overrides)
+        if is_image
+        else run_checks(subject, opts.reporter, choose_checks(_CHECKS))
+    )
     _tell(opts, subject, findings)
     memory = next((one.summary for one in findings if one.check == "model.memory"), "unknown")
-    return Looked(memory, expected_seconds(subject))
+    return Looked(memory, None if is_image else expected_seconds(subject))
 
 
 def _found_in_image(
@@ -64,17 +67,8 @@ def _found_in_image(
     Raises what keeps it from that: another image than was installed, a node that has no means to read any.
     """
     opts.reporter.stage("looking at the model, the data and the memory, in the env's image")
-    words = [
-        "--root",
-        str(opts.root.path),
-        "--json",
-        "--quiet",
-        "doctor",
-        str(recipe),
-        "--config",
-        str(config),
-    ]
-    words += ["--site", site_name]
+    words = ["--root", str(opts.root.path), "--json", "--quiet"]
+    words += ["doctor", str(recipe), "--config", str(config), "--site", site_name]
     words += [word for override in overrides for word in ("--set", override)]
     words += [word for check in _CHECKS for word in ("--only", check)]
     done = subprocess.run(own_command(*words), stdout=subprocess.PIPE, text=True, check=False)

@@ -119,7 +119,6 @@ def _build_memory(site: Site, estimate: Estimate | None) -> str:
     return f"the largest unit takes {size}: it {fits} into {asked}, and as many at once as do"
 
 
-# Of doctor's checks: what lets a training job fail that a login node can see.
 def train_in_a_job(
     opts: Options,
     config: Path,
