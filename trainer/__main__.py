@@ -103,11 +103,13 @@ def main() -> int:
     )
     parser.add_argument("--plan", action="store_true", help="print what a GPU must hold, and train nothing")
     parser.add_argument("--processes", type=int, default=1, help="with --plan: that will train")
+    parser.add_argument("--processes-per-node", type=int, help="with --plan: by default all on one node")
     parser.add_argument("--gpu-memory-gib", type=float, help="with --plan: of each GPU")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     if arguments.plan:
-        return _plan(arguments.config, arguments.overrides, arguments.processes, arguments.gpu_memory_gib)
+        processes = arguments.processes, arguments.processes_per_node
+        return _plan(arguments.config, arguments.overrides, *processes, arguments.gpu_memory_gib)
     if arguments.run_dir is None:
         parser.error("--run-dir is missing")
     run_dir: Path = arguments.run_dir.absolute()
@@ -129,7 +131,13 @@ def main() -> int:
     return 0 if error is None else error.exit_code
 
 
-def _plan(file: Path, overrides: list[str], processes: int, gpu_memory_gib: float | None) -> int:
+def _plan(
+    file: Path,
+    overrides: list[str],
+    processes: int,
+    on_a_node: int | None,
+    gpu_memory_gib: float | None,
+) -> int:
     """Prints where the model would lie and what each GPU must hold."""
     if gpu_memory_gib is not None:
         overrides = [*overrides, f"distributed.gpu_memory_gib={gpu_memory_gib}"]
@@ -140,7 +148,7 @@ def _plan(file: Path, overrides: list[str], processes: int, gpu_memory_gib: floa
         check_versions()
         from trainer.placement import describe
 
-        print(describe(config, processes=processes))
+        print(describe(config, processes=processes, on_a_node=on_a_node))
     except TrainerError as error:
         print(error.told(), file=sys.stderr)
         return error.exit_code

@@ -185,7 +185,11 @@ class DistributedSection(Section):
 
     strategy: Literal["fsdp2"] = "fsdp2"
     placement: Literal["auto", "replicate", "shard"] = "auto"
-    """The base model whole on every GPU, or shared out over all; auto: whole where the memory is enough."""
+    """The base model whole on every GPU, or shared by several; auto: whole where the memory is enough."""
+    gathering: Literal["in_place", "fsdp2"] = "in_place"
+    """How a shared block's weights come together: where they are computed with, or by PyTorch's FSDP2."""
+    whole_blocks: int | Literal["auto"] = Field(default="auto", ge=0)
+    """Of a shared base, how many blocks each process keeps whole; auto: as many as fit."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Computes each block again in the backward pass; auto: where the memory isn't enough without."""
     cuda_graphs: bool = True

@@ -28,6 +28,10 @@ LENGTH_MULTIPLE = 8
 """Batches are padded to a multiple of this: grouped matrix products in bf16 want it."""
 PREDICTING_PARTS = 16
 """The places that predict are filled up to a multiple of this part of all."""
+RECORDED_LENGTHS = 16
+"""How many lengths batches have at most where passes of each are recorded, …"""
+RECORDED_PARTS = 4
+"""… and of how many lengths their places that predict then are."""
 
 
 @dataclass(frozen=True)
@@ -265,16 +269,23 @@ class Stream:
         return torch.randperm(count, generator=generator).tolist() if self.shuffle else range(count)
 
 
-def collate(rows: Sequence[Row], *, pad: int, row_length: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[Row], *, pad: int, row_length: int | None = None, recorded_length: int | None = None
+) -> Batch:
     """One batch, padded on the right: to the longest row, or packed rows to `row_length`.
 
+    With `recorded_length`, the longest that any row may have, batches are padded to a few shapes only.
     No attention mask goes with it: attention and the Mamba scan are causal, so padding on the right never
     reaches a real token, and padding itself is not trained. No example's first token is: nothing before it
     predicts it.
     """
     lengths = [[len(example.input_ids) for example in row] for row in rows]
     longest = row_length or max(map(sum, lengths))
-    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    multiple, parts = LENGTH_MULTIPLE, PREDICTING_PARTS
+    if recorded_length:
+        multiple = _multiple_of(LENGTH_MULTIPLE, -(-recorded_length // RECORDED_LENGTHS))
+        parts = RECORDED_PARTS
+    length = _multiple_of(multiple, longest)
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     labels = [[label for example in row for label in (IGNORED, *example.labels[1:])] for row in rows]
     examples = [example for row in rows for example in row]
@@ -285,16 +296,21 @@ def collate(rows: Sequence[Row], *, pad: int, row_length: int | None = None) -> 
         sum(map(sum, lengths)),
         sum(map(trained_tokens, examples)),
         tuple(example.line for example in examples),
-        layout_of(lengths, length) if row_length else {},
-        _predicting(padded_labels),
+        layout_of(lengths, length, with_ends=recorded_length is None) if row_length else {},
+        _predicting(padded_labels, parts),
     )
 
 
-def _predicting(labels: Tensor) -> Tensor:
+def _multiple_of(unit: int, number: int) -> int:
+    """The first that is not below `number`."""
+    return -(-number // unit) * unit
+
+
+def _predicting(labels: Tensor, parts: int) -> Tensor:
     """See `Batch`: of few lengths, so that batches of one shape are mostly alike in this too."""
     places = (labels[:, 1:] != IGNORED).nonzero()
     flat = places[:, 0] * labels.shape[1] + places[:, 1]
-    unit = -(-labels.numel() // PREDICTING_PARTS)
+    unit = -(-labels.numel() // parts)
     return F.pad(flat, (0, -flat.numel() % unit), value=labels.numel() - 1)
 
 

@@ -1,8 +1,9 @@
 """Fills a model whose tensors are there already, whole or sharded: from safetensors files, or at random.
 
-Every process reads only the bytes that it keeps. FSDP2 shards a parameter along its first dimension, so what
-a process keeps of it is one run of its elements in row-major order, and so is every stored tensor, be it the
-whole parameter or one expert of it. Loading is the intersection of runs: no tensor is merged or held whole.
+Every process reads only the bytes that it keeps. What it keeps of a shared parameter is one run of its
+elements in row-major order (`sharding.py`; FSDP2 cuts it along its first dimension), and so is every stored
+tensor, be it the whole parameter or one expert of it. Loading is the intersection of runs: no tensor is
+merged or held whole.
 
 The bytes go from the file through a few buffers (page-locked on CUDA) straight to their place on the device:
 host memory is `READERS` buffers of `CHUNK_BYTES`, whatever the model's size.
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.errors import ConfigError
+from trainer.sharding import SharedParameter
 from trainer.weights import StoredTensor, stored_tensors
 
 READERS = 8
@@ -106,7 +108,7 @@ def _whole(modules: Sequence[nn.Module]) -> Iterator[None]:
     wholes: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, shard in list(module.named_parameters(recurse=False)):
-            if isinstance(shard, DTensor):
+            if isinstance(shard, DTensor | SharedParameter):
                 empty = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)
                 module._parameters[name] = wholes.setdefault(
                     id(shard), nn.Parameter(empty, requires_grad=False)
@@ -233,7 +235,9 @@ def _require_whole(folder: Path, name: str, shape: torch.Size, pieces: list[Piec
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this process holds of `tensor`, flat, and where in the whole that begins, in elements."""
+    """What this process keeps of `tensor`, flat, and where in the whole that begins, in elements."""
+    if isinstance(tensor, SharedParameter):
+        return tensor.own, tensor.first
     if not isinstance(tensor, DTensor):
         return tensor.detach().view(-1), 0
     rows, processes = tensor.shape[0], tensor.device_mesh.size()

@@ -13,7 +13,7 @@ from trainer.chat import IGNORED
 from trainer.config import Config
 from trainer.data import Example
 from trainer.governor import Job
-from trainer.lora import save_adapter
+from trainer.lora import describe_base, save_adapter
 from trainer.metrics import Metrics, memory_bytes
 from trainer.outcome import Progress
 from trainer.parallel import World
@@ -58,7 +58,8 @@ def train(
         _validate(run, run.steps)
     write_samples(run, "after", watch.pulse)
     adapter = run_dir / "adapter"
-    world.write_on_first("The adapter", adapter, lambda: save_adapter(run.peft_model, adapter))
+    base = describe_base(run.peft_model, run.shared)
+    world.write_on_first("The adapter", adapter, lambda: save_adapter(run.peft_model, adapter, base))
     progress.adapter = str(adapter)
     progress.peak_memory_bytes = max(world.gather(memory_bytes(world.device)))
     metrics.write("end", step=progress.steps, loss=progress.last_loss, adapter=progress.adapter)

@@ -28,6 +28,7 @@ from trainer.loading import local_part
 from trainer.lora_linear import compute_in_base_dtype
 from trainer.model import blocks_of
 from trainer.parallel import World
+from trainer.sharding import SharedBlocks, SharedParameter
 
 OUT_PROJ = "mixer.out_proj"
 BASE = "base.json"
@@ -231,11 +232,10 @@ def require_gradients(adapters: dict[str, nn.Parameter], world: World) -> None:
         )
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, base: Mapping[str, str] | None = None) -> None:
     """Writes the adapter in PEFT's format: adapter_model.safetensors and adapter_config.json.
 
-    base.json, beside them, says which base it was trained on, see `base_digest`. With a sharded base, only
-    rank 0 may call it: it has the first rows.
+    base.json, beside them, says which base it was trained on: what `describe_base` says by default.
     """
     folder.mkdir(exist_ok=True)
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
@@ -245,12 +245,24 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     model.peft_config[ADAPTER].save_pretrained(str(folder))
     if any(OUT_PROJ in name for name in on_cpu):
         write_atomically(folder / "README.md", OUT_PROJ_README)
-    base = adapted_parameters(model)
-    dtype = next(iter(base.values())).dtype
-    rows = {name: local_part(weight)[0][: weight.shape[-1]] for name, weight in base.items()}
-    described = {"dtype": str(dtype).removeprefix("torch."), "digest": base_digest(rows, dtype)}
-    write_atomically(folder / BASE, json.dumps(described) + "\n")
+    write_atomically(folder / BASE, json.dumps(base or describe_base(model)) + "\n")
     write_atomically(folder / "adapter_model.safetensors", save(on_cpu, metadata={"format": "pt"}))
+
+
+def describe_base(model: PeftModel, shared: SharedBlocks | None = None) -> dict[str, str]:
+    """The adapted weights' dtype and `base_digest`.
+
+    With shared blocks every process must call it, and with FSDP2 rank 0's is right: it has the first rows.
+    """
+    rows = {}
+    for name, weight in adapted_parameters(model).items():
+        if shared and isinstance(weight, SharedParameter):
+            shared.hold(weight.block)
+            rows[name] = weight.detach().view(-1)[: weight.shape[-1]].to("cpu", copy=True)
+        else:
+            rows[name] = local_part(weight)[0][: weight.shape[-1]]
+        dtype = weight.dtype
+    return {"dtype": str(dtype).removeprefix("torch."), "digest": base_digest(rows, dtype)}
 
 
 def base_digest(first_rows: Mapping[str, Tensor], dtype: torch.dtype) -> str:

@@ -1,14 +1,16 @@
 """What a config needs of one GPU's memory, by arithmetic on the model's layers: nothing is allocated.
 
-    weights     the frozen base in its dtype. Replicated, all of it; sharded, the process's part, the root
-                (embeddings and head) and the blocks gathered at a time
+    weights     the frozen base in its dtype. Replicated, all of it; sharded, what each process keeps whole
+                (embeddings, head, and perhaps some blocks), its part of the other blocks, and the blocks
+                gathered at a time
     adapters    fp32, with a gradient and two moments each: 16 bytes a parameter, whole in every process
     activations with checkpointing: each block's input, and one block's activations twice while it is computed
                 again; without: those of all blocks, and one block's gradients
     logits      of one chunk of tokens, in the weights' dtype; through an adapted head also in fp32, and both
                 gradients
     the rest    the CUDA context, workspaces, what the allocator can't use; NCCL's buffers for several
-    loading     what the process keeps of the base; sharded random weights are made one block at a time, whole
+    loading     what the process keeps of the base; random weights of a sharded block are made whole first
+    beside      what a validating pass takes beside those recorded as CUDA graphs, which give nothing back
 
 A linear layer keeps its output, for what comes after it, and one with LoRA its input. What CUDA runs is
 counted, whatever this machine has: the fused mamba scan, norms and activations that keep their input alone.
@@ -17,6 +19,7 @@ counted, whatever this machine has: the fused mamba scan, norms and activations 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,12 +30,13 @@ from trainer.data import LENGTH_MULTIPLE
 from trainer.lora import Targets
 from trainer.loss import CHUNK_TOKENS
 from trainer.model import blocks_of
+from trainer.sharding import PLACES
 
 FP32 = 4
 ADAPTER_BYTES = 16
 """A parameter in fp32, its gradient, and Adam's two moments."""
-GATHERED_BLOCKS = 3
-"""The block that computes, the one gathered ahead, and the buffer that it is gathered in."""
+GATHERED_BLOCKS = {"in_place": PLACES, "fsdp2": 3}
+"""The block that computes and the one gathered ahead; FSDP2 gathers into a buffer besides."""
 LAST_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
 CONTEXT_BYTES = 2**30
 NCCL_BYTES = 2**30
@@ -48,24 +52,29 @@ def estimate(
     config: Config,
     *,
     processes: int,
+    sharers: int,
     longest: int,
-    shard: bool,
     checkpointing: bool,
+    whole: Collection[int] = (),
 ) -> dict[str, int]:
     """Bytes by kind for each process's GPU.
 
-    `causal_lm` may be on the meta device; `longest` is the longest sequence's length in tokens.
+    `causal_lm` may be on the meta device; `sharers` is how many processes share one copy of the base, 1 where
+    each has its own; `whole` has the numbers of the blocks that each keeps whole all the same; `longest` is
+    the longest sequence's length in tokens.
     """
     blocks = blocks_of(causal_lm)
     dtype_bytes = torch.finfo(causal_lm.dtype).bits // 8
     length = math.ceil(min(longest, config.dataset.seq_length) / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     tokens = config.step_scheduler.local_batch_size * length
 
-    base = _bytes_of(causal_lm)
-    of_blocks = [_bytes_of(block) for block in blocks]
-    root = base - sum(of_blocks)
-    kept_base = math.ceil(base / processes) if shard else base
-    weights = kept_base + (root + GATHERED_BLOCKS * max(of_blocks) if shard else 0)
+    base = bytes_of(causal_lm)
+    of_blocks = [bytes_of(block) for block in blocks]
+    sharded = [size for number, size in enumerate(of_blocks) if sharers > 1 and number not in whole]
+    kept_base = base - sum(sharded) + math.ceil(sum(sharded) / sharers)
+    gathering = config.distributed.gathering
+    gathered = min(GATHERED_BLOCKS[gathering], len(sharded)) * max(sharded, default=0)
+    weights = kept_base + gathered
     lora = _lora_parameters(causal_lm, targets, config.peft.dim)
     adapted = {id(module) for name, module in causal_lm.named_modules() if name in set(targets.names)}
     kept = [
@@ -89,8 +98,10 @@ def estimate(
     logits = min(tokens, CHUNK_TOKENS) * causal_lm.config.vocab_size * of_logit
     other = CONTEXT_BYTES + (NCCL_BYTES if processes > 1 else 0)
     adapters = lora * ADAPTER_BYTES
-    training = weights + adapters + activations + max(logits, working)
-    made_whole = max(root, *of_blocks) if shard and config.model.init == "random" else 0
+    a_pass = activations + max(logits, working)
+    beside = max(logits, working) + 2 * hidden * dtype_bytes
+    training = weights + adapters + a_pass
+    made_whole = max(sharded, default=0) if config.model.init == "random" else 0
     loading = kept_base + made_whole
     return {
         "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
@@ -106,7 +117,8 @@ def estimate(
         "loading_bytes": loading + other,
         "least_bytes": max(loading, weights + adapters),
         "peak_bytes": max(training, loading) + other,
-        "uncertain_bytes": int(UNCERTAINTY * (activations + max(logits, working) + other)),
+        "beside_bytes": beside + (gathered if gathering == "fsdp2" else 0),
+        "uncertain_bytes": int(UNCERTAINTY * (a_pass + other)),
     }
 
 
@@ -179,6 +191,7 @@ def _kept_by_attention(module: Any, config: Any, dtype_bytes: int, length: int) 
     return int(copies)
 
 
-def _bytes_of(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """Of its parameters and buffers."""
     tensors = (*module.parameters(), *module.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

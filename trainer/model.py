@@ -20,6 +20,7 @@ from trainer.kernels import MambaKernels
 from trainer.loading import computed_buffers, load_weights, random_weights
 from trainer.loss import summed_cross_entropy
 from trainer.mamba import prepare_mixer
+from trainer.packing import document_mask
 from trainer.router import prepare_routers
 
 # transformers' annotations of its factories are incomplete.
@@ -45,10 +46,11 @@ class TrainingModel(nn.Module):
 
         `predicting`: see `summed_cross_entropy`.
         """
-        if has_own_masks(self.causal_lm) and "position_ids" not in layout:
-            # No padding on the left and no documents: plain causality, which transformers would ask the
-            # device for.
-            layout["attention_mask"] = {}  # type: ignore[assignment]
+        if has_own_masks(self.causal_lm):
+            # transformers would ask the device what is needed. Without documents it is plain causality.
+            documents = layout.get("seq_idx")
+            masks = {"full_attention": document_mask(documents)} if isinstance(documents, Tensor) else {}
+            layout["attention_mask"] = masks  # type: ignore[assignment]
         # With a cache object the mamba layers would leave the fused path.
         output = self.causal_lm.model(input_ids=input_ids, use_cache=False, **layout)
         return summed_cross_entropy(output.last_hidden_state, labels, self.causal_lm.lm_head, predicting)
@@ -90,9 +92,9 @@ def empty_model(section: ModelSection, config: Any, kernels: MambaKernels, devic
 def fill(causal_lm: Any, section: ModelSection, device: torch.device, *, seed: int) -> None:
     """Gives an empty model memory on `device` and its weights; of a sharded one, this process's part.
 
-    Raises ConfigError for weights that can't be loaded.
+    What has memory already keeps it. Raises ConfigError for weights that can't be loaded.
     """
-    causal_lm.to_empty(device=device)
+    causal_lm._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     causal_lm.tie_weights()
     if section.pretrained_model_name_or_path is None:
         random_weights(causal_lm, blocks_of(causal_lm), seed)
@@ -140,13 +142,16 @@ def block_kind(block: Any) -> str:
     return NAMES_OF_KINDS.get(kind, kind)
 
 
-def checkpoint_activations(causal_lm: Any) -> None:
-    """Keeps only each block's input for the backward pass, which computes the block again."""
+def checkpoint_activations(causal_lm: Any, *, random: bool = True) -> None:
+    """Keeps only each block's input for the backward pass, which computes the block again.
+
+    `random`: whether a block draws random numbers, which must then be the same the second time.
+    """
     # transformers renamed it during version 5.
     enable = (
         getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
     )
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "preserve_rng_state": random})
 
 
 def kernels_in_use(causal_lm: Any, kernels: MambaKernels) -> dict[str, str]:

@@ -39,13 +39,14 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def layout_of(rows: Sequence[Sequence[int]], length: int) -> Layout:
+def layout_of(rows: Sequence[Sequence[int]], length: int, *, with_ends: bool = True) -> Layout:
     """Where the documents lie, for rows of document lengths, each padded to `length` tokens.
 
     position_ids: [rows, length], int64, from 0 in each document; seq_idx: [rows, length], int32, the
     document's number in its row; cu_seq_lens_q and _k: int32, where the documents of all rows, laid end to
-    end, begin, and where the last ends; max_length_q and _k: the longest. Padding counts as a document of
-    its own, so nothing reaches it and it reaches nothing.
+    end, begin, and where the last ends; max_length_q and _k: the longest. The last four only `with_ends`:
+    they differ from batch to batch in shape or number. Padding counts as a document of its own, so nothing
+    reaches it and it reaches nothing.
     """
     filled = [[*row, length - sum(row)] if sum(row) < length else [*row] for row in rows]
     lengths = [tokens for row in filled for tokens in row]
@@ -55,13 +56,21 @@ def layout_of(rows: Sequence[Sequence[int]], length: int) -> Layout:
         for row in filled
     ]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    layout: Layout = {"position_ids": positions, "seq_idx": torch.stack(numbers)}
+    if not with_ends:
+        return layout
     longest = max(lengths)
     return {
-        "position_ids": positions,
-        "seq_idx": torch.stack(numbers),
+        **layout,
         # transformers finds packed documents by their positions only where a batch has a single row.
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def document_mask(seq_idx: Tensor) -> Tensor:
+    """[rows, length] of `layout_of` → [rows, 1, length, length], bool: who attends to whom."""
+    same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
+    return same.tril_()

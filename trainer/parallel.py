@@ -1,9 +1,8 @@
-"""The processes of one run: who this one is, how they agree, and where the weights lie.
+"""The processes of one run: who this one is, and how they agree.
 
-Each process holds the whole base model, or they shard it block by block (FSDP2) and gather a block's weights
-while it computes: `placement.py` decides. The adapters are small: every process holds them whole, in fp32,
-outside of FSDP, and their gradients are summed once for each optimizer step. So clipping and checkpoints see
-whole tensors, and a checkpoint fits any number of processes.
+The adapters are small: every process holds them whole, in fp32, and their gradients are summed once for each
+optimizer step. So clipping and checkpoints see whole tensors, and a checkpoint fits any number of processes.
+Where the base lies is `placement.py`'s to decide and `sharding.py`'s to do.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +19,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from trainer.errors import EnvironmentMismatch, TrainingFailed
 
@@ -36,6 +32,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+    on_this_node: int = 1
+    """How many of them run on this one's node."""
+    timeout: timedelta | None = None
+    """After which what one of them doesn't take part in fails."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The element-wise sum over all processes, in place."""
@@ -86,18 +86,19 @@ def open_world(device: str, *, timeout_minutes: float) -> Iterator[World]:
     Raises EnvironmentMismatch if a GPU is asked for and there is none for this process.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    place = device_of(device, int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
         yield World(0, 1, place)
         return
     backend = "nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         backend,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=place if device == "cuda" else None,
     )
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), timeout)
     finally:
         dist.destroy_process_group()
 
@@ -110,7 +111,8 @@ def make_deterministic(wanted: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _device(kind: str, local_rank: int) -> torch.device:
+def device_of(kind: str, local_rank: int) -> torch.device:
+    """The process's own. Raises EnvironmentMismatch where the node has fewer GPUs than processes."""
     if kind == "cpu":
         return torch.device("cpu")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -127,23 +129,6 @@ def _device(kind: str, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Shards the base over all processes, one FSDP unit a block. Its tensors may be on the meta device still.
-
-    The unit is the block because the mamba mixer reads its children's weights directly. What is added
-    afterwards, the adapters, is no part of it.
-    """
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    units: list[Any] = [fully_shard(block, mesh=mesh) for block in blocks]
-    fully_shard(model, mesh=mesh)
-    # The next block's weights are asked for before this one computes: a host that starts the kernels of one
-    # block for longer than they run would ask too late.
-    for unit, following in pairwise(units):
-        unit.set_modules_to_forward_prefetch([following])
-    for unit, following in pairwise(reversed(units)):
-        unit.set_modules_to_backward_prefetch([following])
 
 
 def sum_gradients(adapters: Sequence[nn.Parameter], world: World) -> None:

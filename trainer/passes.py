@@ -1,8 +1,8 @@
 """Forward and backward pass of a micro-batch: kernel by kernel, or replayed as a CUDA graph.
 
 A pass of a hybrid model starts thousands of kernels, and Python takes longer to start them than a GPU to
-run them for one row of 4,096 tokens. So a pass whose shapes have come before is recorded once, and from
-then on started as a whole.
+run them for one row of 4,096 tokens. So passes are recorded, one for each shape that a batch has, and from
+then on started as a whole. Recordings keep their memory, but share it: the first is of the largest shape.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import Batch
+from trainer.sharding import SharedBlocks
 
-MOST_GRAPHS = 4
+MOST_GRAPHS = 64
 """Shapes that are recorded; batches of others run kernel by kernel."""
 
 Shapes = tuple[object, ...]
@@ -39,14 +40,21 @@ class Passes:
         adapters: Sequence[nn.Parameter],
         device: torch.device,
         *,
-        record: bool,
+        largest: Batch | None,
+        shared: SharedBlocks | None,
         warn: Callable[[str], None],
     ) -> None:
+        """Passes are recorded if `largest` is given, a batch of the largest shape that there will be."""
         self._model, self._adapters, self._device = model, adapters, device
-        self._record, self._warn = record, warn
+        self._largest, self._shared, self._warn = largest, shared, warn
         self._weight = torch.zeros((), dtype=torch.float32, device=device)
-        self._seen: set[Shapes] = set()
+        self._kernels_are_known = False
         self._recorded: dict[Shapes, _Recorded] = {}
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes are."""
+        return len(self._recorded)
 
     def weigh(self, trained: int) -> None:
         """Divides the losses of the passes to come by the step's trained tokens."""
@@ -54,12 +62,11 @@ class Passes:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The summed loss of the batch's trained tokens, not yet divided; nothing waits for the device."""
-        shapes = _shapes(batch)
-        if self._record and shapes in self._seen and shapes not in self._recorded:
-            self._try_to_record(shapes, batch)
-        recorded = self._recorded.get(shapes)
+        if self._shared:
+            self._shared.settle()
+        recorded = self._recording_of(batch) if self._largest and self._kernels_are_known else None
+        self._kernels_are_known = True
         if recorded is None:
-            self._seen.add(shapes)
             return self._run(batch.to(self._device))
         for theirs, ours in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
             theirs.copy_(ours, non_blocking=True)
@@ -79,24 +86,43 @@ class Passes:
         (loss * self._weight).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _try_to_record(self, shapes: Shapes, batch: Batch) -> None:
+    def _recording_of(self, batch: Batch) -> _Recorded | None:
+        assert self._largest is not None
+        shapes = _shapes(batch)
+        if shapes in self._recorded:
+            return self._recorded[shapes]
         if len(self._recorded) == MOST_GRAPHS:
-            return
+            return None
         for parameter in self._adapters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        try:
+            if not self._recorded:
+                self._record(self._largest)
+            if shapes not in self._recorded:
+                self._record(batch)
+        except RuntimeError as problem:
+            self._give_up(problem)
+        return self._recorded.get(shapes)
+
+    def _record(self, batch: Batch) -> None:
+        """Nothing is computed meanwhile."""
         static = batch.to(self._device)
         pool = next((recorded.graph.pool() for recorded in self._recorded.values()), None)
         graph = torch.cuda.CUDAGraph()
-        try:
-            # Only this thread is watched: NCCL's own and that of a checkpoint may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss = self._run(static)
-        except RuntimeError as problem:
-            self._record = False
-            self._warn(f"passes are not recorded as CUDA graphs: {str(problem).splitlines()[0]}")
-            return
-        self._recorded[shapes] = _Recorded(graph, static, loss)
+        # Only this thread is watched: NCCL's own and that of a checkpoint may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = self._run(static)
+        self._recorded[_shapes(batch)] = _Recorded(graph, static, loss)
+
+    def _give_up(self, problem: RuntimeError) -> None:
+        """No more recordings, and their memory back: a pass without one may need all that there is."""
+        self._largest = None
+        self._recorded.clear()
+        torch.cuda.empty_cache()
+        if self._shared:
+            self._shared.nothing_moved()
+        self._warn(f"passes are not recorded as CUDA graphs: {str(problem).splitlines()[0]}")
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

@@ -1,14 +1,17 @@
 """Where the base model lies and whether activations are computed again: chosen from the memory it takes.
 
 Of the ways that fit, the fastest is taken: a base on every GPU needs no gathering, and computing a block
-again costs less than gathering its weights over and over. `python -m trainer CONFIG --plan` shows them, and
-needs no GPU.
+again costs less than gathering its weights over and over. What is sharded is so no further than it must be:
+each process keeps as many blocks whole as its memory holds, and processes of one node share a copy before all
+do. `python -m trainer CONFIG --plan` shows the ways, and needs no GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -17,8 +20,8 @@ from trainer.config import Config
 from trainer.errors import EnvironmentMismatch
 from trainer.kernels import find_mamba_kernels
 from trainer.lora import Targets, choose_targets
-from trainer.memory import estimate
-from trainer.model import empty_model, model_config
+from trainer.memory import bytes_of, estimate
+from trainer.model import blocks_of, empty_model, has_own_masks, model_config
 from trainer.parallel import World
 
 GIB = 2**30
@@ -36,53 +39,153 @@ KINDS = {
 class Plan:
     """One way to train, and what it takes of each GPU."""
 
-    placement: Literal["replicate", "shard"]
+    processes: int
+    sharers: int
+    """How many of them share one copy of the base; 1: each has its own."""
     checkpointing: bool
     memory: Mapping[str, int]
     """See `memory.estimate`."""
+    blocks: int
+    """How many the model has."""
+    whole: frozenset[int] = frozenset()
+    """Numbers of the blocks that each process keeps whole though the base is shared."""
+    records: bool = False
+    """Whether passes may be recorded as CUDA graphs, which keep their memory for themselves."""
 
     @property
     def shard(self) -> bool:
-        """Whether the base is sharded over all processes."""
-        return self.placement == "shard"
+        """Whether processes share a copy of the base."""
+        return self.sharers > 1
 
     @property
     def needed_bytes(self) -> int:
         """The peak, and what the estimate may be off by."""
-        return self.memory["peak_bytes"] + self.memory["uncertain_bytes"]
+        again = self.memory["beside_bytes"] if self.records else 0
+        return self.memory["peak_bytes"] + self.memory["uncertain_bytes"] + again
 
     def __str__(self) -> str:
-        again = "with" if self.checkpointing else "without"
-        return f"{self.placement}, {again} activation checkpointing"
+        placement = "shard" if self.shard else "replicate"
+        parts = [f"{placement}, {'with' if self.checkpointing else 'without'} activation checkpointing"]
+        if self.shard and self.sharers < self.processes:
+            parts.append(f"each {self.sharers} processes share a copy")
+        if self.whole:
+            parts.append(f"{len(self.whole)} of {self.blocks} blocks whole on each GPU")
+        return "; ".join(parts)
 
 
 def plans(
-    config: Config, causal_lm: Any, targets: Targets, *, processes: int, longest: int
+    config: Config,
+    causal_lm: Any,
+    targets: Targets,
+    *,
+    processes: int,
+    on_a_node: int | None = None,
+    longest: int,
+    memory: float | None = None,
 ) -> tuple[Plan, ...]:
-    """The ways that the config leaves open, the fastest first.
+    """The ways that the config leaves open, the fastest first, for so many bytes of `memory` on each GPU.
 
-    `causal_lm` may be on the meta device; `longest` is the longest sequence's length in tokens.
+    `causal_lm` may be on the meta device; `on_a_node` is how many of the processes each node has, by default
+    all; `longest` is the longest sequence's length in tokens.
     """
     wanted = config.distributed
-    placements: list[Literal["replicate", "shard"]] = ["replicate", "shard"]
-    return tuple(
-        Plan(
-            placement,
-            checkpointing,
-            estimate(
-                causal_lm,
-                targets,
-                config,
-                processes=processes,
-                longest=longest,
-                shard=placement == "shard",
-                checkpointing=checkpointing,
-            ),
+    of_placement = {"replicate": (1,), "shard": sharers_of(processes, on_a_node or processes)}
+    ways = []
+    for placement, groups in of_placement.items():
+        if wanted.placement not in ("auto", placement) and processes > 1:
+            continue
+        for checkpointing in (False, True):
+            if wanted.activation_checkpointing not in ("auto", checkpointing):
+                continue
+            for sharers in groups:
+                way = _Way(config, causal_lm, targets, processes, sharers, longest, checkpointing)
+                ways.append(way.plan(memory))
+    return tuple(ways)
+
+
+def sharers_of(processes: int, on_a_node: int) -> tuple[int, ...]:
+    """How many processes may share a copy: those of a node, between which gathering is fast; then all."""
+    return tuple(count for count in dict.fromkeys((on_a_node, processes)) if count > 1)
+
+
+@dataclass(frozen=True)
+class _Way:
+    config: Config
+    causal_lm: Any
+    targets: Targets
+    processes: int
+    sharers: int
+    longest: int
+    checkpointing: bool
+
+    def plan(self, memory: float | None) -> Plan:
+        """Recorded passes come before whole blocks: without them, Python is slower than the GPU."""
+        plan = self._with(())
+        if self.config.distributed.whole_blocks != "auto" and self.sharers > 1:
+            plan = self._with(self._whole(self.config.distributed.whole_blocks))
+        if memory is None:
+            return plan
+        recorded = replace(plan, records=True)
+        if can_be_recorded(self.config, self.causal_lm, self.targets):
+            plan = recorded if recorded.needed_bytes <= memory else plan
+        if self.sharers == 1 or self.config.distributed.whole_blocks != "auto" or plan.needed_bytes > memory:
+            return plan
+        counts = range(plan.blocks)
+        most = bisect_right(counts, memory, key=lambda count: self._kept(plan, count).needed_bytes) - 1
+        return self._kept(plan, most)
+
+    def _kept(self, plan: Plan, count: int) -> Plan:
+        return replace(self._with(self._whole(count)), records=plan.records)
+
+    def _whole(self, count: int) -> frozenset[int]:
+        return blocks_to_keep([bytes_of(block) for block in blocks_of(self.causal_lm)], count)
+
+    def _with(self, whole: Collection[int]) -> Plan:
+        memory = estimate(
+            self.causal_lm,
+            self.targets,
+            self.config,
+            processes=self.processes,
+            sharers=self.sharers,
+            longest=self.longest,
+            checkpointing=self.checkpointing,
+            whole=whole,
         )
-        for placement in placements
-        if (placement == "replicate" if processes == 1 else wanted.placement in ("auto", placement))
-        for checkpointing in (False, True)
-        if wanted.activation_checkpointing in ("auto", checkpointing)
+        blocks = len(blocks_of(self.causal_lm))
+        return Plan(self.processes, self.sharers, self.checkpointing, memory, blocks, frozenset(whole))
+
+
+def blocks_to_keep(sizes: Sequence[int], count: int) -> frozenset[int]:
+    """The numbers of the `count` blocks that are kept whole, of blocks of these sizes in bytes.
+
+    Small ones first: gathering them costs a message each and saves little. Of one size those that leave the
+    others evenly apart, so that each is gathered while several compute.
+    """
+    kept: list[int] = []
+    by_size = sorted(range(len(sizes)), key=lambda number: (sizes[number], number))
+    for _, group in groupby(by_size, key=lambda number: sizes[number]):
+        alike = list(group)
+        apart = max(0, len(alike) - (count - len(kept)))
+        kept += [
+            number
+            for place, number in enumerate(alike)
+            if (place + 1) * apart // len(alike) == place * apart // len(alike)
+        ]
+    return frozenset(kept)
+
+
+def can_be_recorded(config: Config, causal_lm: Any, targets: Targets) -> bool:
+    """Whether a pass may become a CUDA graph: the same kernels every time, and nothing asks the device.
+
+    Dropout draws anew, and of other models transformers asks the device for the shape of the attention mask.
+    """
+    head = causal_lm.get_output_embeddings()
+    return (
+        config.device == "cuda"
+        and config.distributed.cuda_graphs
+        and not config.peft.dropout
+        and has_own_masks(causal_lm)
+        and not any(module is head for name, module in causal_lm.named_modules() if name in targets.names)
     )
 
 
@@ -102,15 +205,28 @@ def plan_run(config: Config, causal_lm: Any, targets: Targets, world: World, *, 
 
     Raises EnvironmentMismatch where the weights and adapters alone are more than a GPU has.
     """
-    ways = plans(config, causal_lm, targets, processes=world.size, longest=longest)
+    on_each_node = set(world.gather(world.on_this_node))
+    on_a_node = on_each_node.pop() if len(on_each_node) == 1 else None
+
+    def ways(memory: int | None) -> tuple[Plan, ...]:
+        return plans(
+            config,
+            causal_lm,
+            targets,
+            processes=world.size,
+            on_a_node=on_a_node,
+            longest=longest,
+            memory=memory,
+        )
+
     if world.device.type == "cpu":
-        return choose(config, ways)
+        return choose(config, ways(None))
     free, total = torch.cuda.mem_get_info(world.device)
     if limit := config.distributed.gpu_memory_gib:
         free = min(free, int(limit * GIB))
         torch.cuda.set_per_process_memory_fraction(free / total, world.device)
     smallest = min(world.gather(free))
-    plan = choose(config, ways, smallest)
+    plan = choose(config, ways(smallest), smallest)
     if plan.memory["least_bytes"] > smallest:
         raise EnvironmentMismatch(
             f"The weights and adapters alone take {_gib(plan.memory['least_bytes'])} of each GPU ({plan}), "
@@ -130,16 +246,24 @@ def layers_alone(config: Config, base_config: Any) -> Any:
     return empty_model(section, base_config, find_mamba_kernels("cpu"), torch.device("cpu"))
 
 
-def describe(config: Config, *, processes: int) -> str:
+def describe(config: Config, *, processes: int, on_a_node: int | None = None) -> str:
     """What `--plan` prints: every way that the config leaves open, and the one that would be taken.
 
     No weight is read and no GPU is asked. Raises ConfigError.
     """
     causal_lm = layers_alone(config, model_config(config.model))
     targets = choose_targets(causal_lm, config.peft)
-    ways = plans(config, causal_lm, targets, processes=processes, longest=config.dataset.seq_length)
     limit = config.distributed.gpu_memory_gib
     memory = limit * GIB if limit else None
+    ways = plans(
+        config,
+        causal_lm,
+        targets,
+        processes=processes,
+        on_a_node=on_a_node,
+        longest=config.dataset.seq_length,
+        memory=memory,
+    )
     facts = ways[0].memory
     lines = [
         f"{facts['parameters']:,} parameters, {_gib(facts['base_bytes'])}; "
@@ -149,6 +273,10 @@ def describe(config: Config, *, processes: int) -> str:
     for way in ways:
         lines += ["", f"{way}:"]
         lines += [f"  {_gib(way.memory[kind]):>10}  {meaning}" for kind, meaning in KINDS.items()]
+        if way.records:
+            lines.append(
+                f"  {_gib(way.memory['beside_bytes']):>10}  beside recorded passes, for one that isn't"
+            )
         lines.append(f"  {_gib(way.memory['loading_bytes']):>10}  while the weights are loaded")
         lines.append(
             f"  {_gib(way.memory['peak_bytes']):>10}  at the peak, ± {_gib(way.memory['uncertain_bytes'])}"

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from trainer.config import Config
-from trainer.data import Dataset, Stream, Work, open_dataset
+from trainer.data import Batch, Dataset, Example, Stream, Work, collate, open_dataset
 from trainer.errors import ConfigError
 from trainer.flops import TrainingFlops, mean_length, training_flops
 from trainer.kernels import find_mamba_kernels
@@ -28,15 +28,15 @@ from trainer.model import (
     checkpoint_activations,
     empty_model,
     fill,
-    has_own_masks,
     kernels_in_use,
     model_config,
 )
 from trainer.outcome import Progress
-from trainer.parallel import World, shard
+from trainer.parallel import World
 from trainer.passes import Passes
 from trainer.placement import Plan, plan_run
 from trainer.schedule import make_optimizer
+from trainer.sharding import SharedBlocks, shard_with_fsdp2, share
 from trainer.tokenizer import open_tokenizer
 
 
@@ -57,6 +57,8 @@ class Run:
     stream: Stream
     validation: Dataset | None
     plan: Plan
+    shared: SharedBlocks | None
+    """Where processes share the base, but by FSDP2."""
     tokenizer: Any
     pad: int
     flops: TrainingFlops
@@ -93,12 +95,17 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
     longest = data.row_length or max(len(example.input_ids) for example in data.examples)
     plan = plan_run(config, causal_lm, targets, world, longest=longest)
     training_model = TrainingModel(causal_lm)
+    shared = None
     if plan.shard:
-        shard(training_model, blocks_of(causal_lm), world)
+        blocks = blocks_of(causal_lm)
+        if config.distributed.gathering == "in_place":
+            shared = share(blocks, world, sharers=plan.sharers, whole=plan.whole)
+        else:
+            shard_with_fsdp2(training_model, blocks, world, sharers=plan.sharers, whole=plan.whole)
     fill(causal_lm, config.model, world.device, seed=config.seed)
     peft_model = add_lora(causal_lm, targets, config.peft, seed=config.seed)
     if plan.checkpointing:
-        checkpoint_activations(causal_lm)
+        checkpoint_activations(causal_lm, random=config.peft.dropout > 0)
     adapters = adapter_parameters(peft_model)
     shares = share_adapted(peft_model, targets)
     training_model.train()
@@ -118,12 +125,14 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
             training_model,
             list(adapters.values()),
             world.device,
-            record=can_be_recorded(config, plan, causal_lm, targets, world.device),
+            largest=_largest_batch(config, data, tokenizer.pad_token_id) if plan.records else None,
+            shared=shared,
             warn=metrics.note,
         ),
         stream=stream,
         validation=validation,
         plan=plan,
+        shared=shared,
         tokenizer=tokenizer,
         pad=tokenizer.pad_token_id,
         flops=training_flops(
@@ -138,23 +147,12 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
     return run
 
 
-def can_be_recorded(
-    config: Config, plan: Plan, causal_lm: Any, targets: Targets, device: torch.device
-) -> bool:
-    """Whether a pass may become a CUDA graph: the same kernels every time, and nothing asks the device.
-
-    Gathering sharded weights, and computing blocks again, do more than start kernels; dropout draws anew;
-    packed rows are laid out anew; and of other models transformers asks the device for the shape of the
-    attention mask.
-    """
-    head = causal_lm.get_output_embeddings()
-    return (
-        device.type == "cuda"
-        and config.distributed.cuda_graphs
-        and not (plan.shard or plan.checkpointing or config.peft.dropout or config.dataset.packing)
-        and has_own_masks(causal_lm)
-        and not any(module is head for name, module in causal_lm.named_modules() if name in targets.names)
-    )
+def _largest_batch(config: Config, data: Dataset, pad: int) -> Batch:
+    """No batch of training has a larger shape. Its numbers mean nothing."""
+    longest = max(data.examples, key=lambda example: len(example.input_ids))
+    trained = Example(longest.input_ids, longest.input_ids, longest.line)
+    rows = [(trained,)] * config.step_scheduler.local_batch_size
+    return collate(rows, pad=pad, row_length=data.row_length, recorded_length=config.dataset.seq_length)
 
 
 def check_batch_sizes(config: Config, processes: int) -> None:
@@ -205,6 +203,7 @@ def _announce(
         model=shares,
         kernels=kernels,
         placement=str(run.plan),
+        cuda_graphs=run.plan.records,
         memory=run.plan.memory,
         flops_per_token=run.flops.token,
         flops_per_trained_token=run.flops.trained_token,
@@ -216,7 +215,8 @@ def _announce(
         f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers, "
         f"{shares['adapted_expert_projections']} of {shares['expert_projections']} expert projections"
     )
-    metrics.say(f"base model: {run.plan}; on {run.world.size} processes")
+    graphs = "; passes that come again are recorded as CUDA graphs" if run.plan.records else ""
+    metrics.say(f"base model: {run.plan}; on {run.world.size} processes{graphs}")
     metrics.say(
         f"kernels on {device.type}: " + "; ".join(f"{kind}: {name}" for kind, name in kernels.items())
     )

@@ -92,14 +92,15 @@ def _of_data(validation: Dataset | None, tokenizer: Any) -> Iterator[Prompt]:
 def generate(run: Run, prompt: tuple[int, ...]) -> list[int]:
     """The answer's tokens, without the one that ends it. Changes no weight, and draws no random number."""
     model: Any = run.training_model
-    if run.plan.shard:
-        # The root's weights, embeddings and head, are gathered around a method of its own only.
+    by_fsdp2 = run.plan.shard and run.shared is None
+    if by_fsdp2:
+        # FSDP begins at its root, which it notices around a method of the root's own only.
         model.generate = model.causal_lm.generate
         register_fsdp_forward_method(model, "generate")
     ids = torch.tensor([prompt], device=run.world.device)
     model.eval()
     try:
-        tokens: Tensor = (model if run.plan.shard else model.causal_lm).generate(
+        tokens: Tensor = (model if by_fsdp2 else model.causal_lm).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=run.config.samples.max_new_tokens,

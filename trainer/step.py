@@ -83,7 +83,12 @@ def _work_of(run: Run, step: int) -> Work:
 
 def collate_rows(run: Run, rows: Sequence[Row], dataset: Dataset) -> Batch:
     """The rows of `dataset` as a batch for the run's model."""
-    return collate(rows, pad=run.pad, row_length=dataset.row_length)
+    return collate(
+        rows,
+        pad=run.pad,
+        row_length=dataset.row_length,
+        recorded_length=run.config.dataset.seq_length if run.plan.records else None,
+    )
 
 
 def _not_finite(run: Run, step: int, batches: Sequence[Batch], losses: Tensor) -> TrainingFailed:

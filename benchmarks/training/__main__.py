@@ -21,7 +21,13 @@ warnings.simplefilter("ignore")
 
 import torch  # noqa: E402
 
-MODULES = {"ours": "ours", "peft": "with_peft", "peft-autocast": "with_peft", "nemo": "with_nemo"}
+MODULES = {
+    "ours": "ours",
+    "peft": "with_peft",
+    "peft-autocast": "with_peft",
+    "nemo": "with_nemo",
+    "played": "played",
+}
 
 
 class Contestant(Protocol):
@@ -31,7 +37,10 @@ class Contestant(Protocol):
     processes: int
     trainable: int
     precision: str
-    notes: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be told beside the figures, at the end."""
 
     def step(self, number: int) -> None:
         """One optimizer step over one batch, counted from 1. May return before the GPU is done."""

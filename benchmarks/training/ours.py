@@ -26,7 +26,10 @@ class Ours:
         self.trainable = sum(parameter.numel() for parameter in run.adapters.values())
         adapter = next(iter(run.adapters.values())).dtype
         self.precision = f"base {run.config.model.dtype}, adapters {str(adapter).removeprefix('torch.')}"
-        self.notes = [str(run.plan)]
+
+    @property
+    def notes(self) -> list[str]:
+        return [str(self.run.plan), f"{self.run.passes.recorded} shapes recorded"]
 
     def step(self, number: int) -> None:
         _train_step(self.run, number)

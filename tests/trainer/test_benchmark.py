@@ -45,8 +45,10 @@ def test_losses_that_differ_and_jobs_that_fail_are_told() -> None:
     assert "peft.dim" in run.stdout
 
 
-def test_packing_and_the_first_step_are_tried_on_the_cpu(tmp_path: Path) -> None:
+def test_scripts_for_a_gpu_are_tried_on_the_cpu(tmp_path: Path) -> None:
     for words, said in (
+        (["benchmarks.sharded", "--tiny", "--steps", "2", "--lanes", "alone,fsdp2,in-place"], "in-place: "),
+        (["benchmarks.lengths", "--tiny", "--lanes", "rows-recorded,packed"], "packed  "),
         (["benchmarks.packing", "--tiny"], "\nright\n"),
         (
             ["benchmarks.first_step", str(tmp_path / "model"), "--tiny", "--starts", "1"],

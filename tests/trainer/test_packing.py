@@ -129,24 +129,28 @@ def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "attention", "fused"),
+    ("family", "attention", "fused", "recorded"),
     [
-        ("nemotron_h", "sdpa", True),
-        ("nemotron_h", "eager", False),
-        ("nemotron_h", "flash", False),
-        ("llama", "sdpa", False),
-        ("llama", "flash", False),
-        ("qwen3", "sdpa", False),
-        ("qwen3", "eager", False),
-        ("qwen3_moe", "sdpa", False),
+        ("nemotron_h", "sdpa", True, False),
+        ("nemotron_h", "sdpa", True, True),
+        ("nemotron_h", "sdpa", False, True),
+        ("nemotron_h", "eager", False, False),
+        ("nemotron_h", "flash", False, False),
+        ("llama", "sdpa", False, False),
+        ("llama", "flash", False, False),
+        ("qwen3", "sdpa", False, False),
+        ("qwen3", "eager", False, False),
+        ("qwen3_moe", "sdpa", False, False),
     ],
 )
 def test_packed_documents_have_the_loss_and_gradients_of_documents_alone(
-    config_file: Path, flash_stand_in: None, family: str, attention: str, fused: bool
+    config_file: Path, flash_stand_in: None, family: str, attention: str, fused: bool, recorded: bool
 ) -> None:
     causal_lm = build(config_file, family, attention, fused=fused)
     rows = packed_rows()
-    together = [collate(rows, pad=7, row_length=ROW_LENGTH)]
+    longest = ROW_LENGTH if recorded else None
+    together = [collate(rows, pad=7, row_length=ROW_LENGTH, recorded_length=longest)]
+    assert ("cu_seq_lens_q" in together[0].layout) != recorded
     alone = [collate([(example,)], pad=7) for row in rows for example in row]
     assert sum(batch.trained_tokens for batch in alone) == together[0].trained_tokens
     expected, gradients = loss_and_gradients(causal_lm, alone)

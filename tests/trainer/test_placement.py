@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from trainer.__main__ import main
 from trainer.config import Config
@@ -16,7 +19,17 @@ from trainer.lora import adapter_parameters, add_lora, choose_targets
 from trainer.memory import kept_by_block
 from trainer.model import blocks_of, build_model, model_config
 from trainer.parallel import World
-from trainer.placement import GIB, Plan, choose, describe, layers_alone, plan_run, plans
+from trainer.placement import (
+    GIB,
+    Plan,
+    blocks_to_keep,
+    can_be_recorded,
+    choose,
+    describe,
+    layers_alone,
+    plan_run,
+    plans,
+)
 from trainer.reading import read_config
 
 from .test_inspection import kept_in_bytes
@@ -64,33 +77,127 @@ def nano(nano_file: Path) -> Any:
     return layers_alone(config, model_config(config.model))
 
 
-def ways(nano: Any, file: Path, processes: int, *overrides: str) -> tuple[Config, tuple[Plan, ...]]:
+def ways(
+    nano: Any,
+    file: Path,
+    processes: int,
+    *overrides: str,
+    memory: float | None = None,
+    on_a_node: int | None = None,
+) -> tuple[Config, tuple[Plan, ...]]:
     config = read_config(file, list(overrides))
     targets = choose_targets(nano, config.peft)
-    return config, plans(config, nano, targets, processes=processes, longest=config.dataset.seq_length)
+    longest = config.dataset.seq_length
+    return config, plans(
+        config, nano, targets, processes=processes, on_a_node=on_a_node, longest=longest, memory=memory
+    )
 
 
 def test_the_true_size_sharded_over_four_gpus_of_61_gib_fits_at_4096_tokens(
     nano: Any, nano_file: Path
 ) -> None:
-    config, four = ways(nano, nano_file, 4)
+    config, four = ways(nano, nano_file, 4, "distributed.whole_blocks=0")
     taken = choose(config, four, 61 * GIB)
     assert str(taken) == "shard, without activation checkpointing"
     memory = taken.memory
     assert memory["parameters"] == 31_577_937_344
     assert memory["base_bytes"] / GIB == pytest.approx(58.82, abs=0.01)
-    # A quarter of the base, embeddings and head, and three blocks of experts.
+    # A quarter of the blocks, embeddings and head, and two blocks of experts.
     blocks = blocks_of(nano)
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks) * 2
     root = 2 * (2 * 131072 * 2688 + 2688)
-    assert memory["weights_bytes"] == pytest.approx(memory["base_bytes"] / 4 + root + 3 * largest, rel=1e-5)
-    assert memory["weights_bytes"] / GIB == pytest.approx(23.3, abs=0.1)
-    # Loading never holds more than the process's part and one block.
-    assert memory["loading_bytes"] / GIB < 58.82 / 4 + 2.5 + 2
+    kept = (memory["base_bytes"] - root) / 4 + root
+    assert memory["weights_bytes"] == pytest.approx(kept + 2 * largest, rel=1e-5)
+    assert memory["weights_bytes"] / GIB == pytest.approx(20.5, abs=0.1)
+    # Loading never holds more than what the process keeps and one block.
+    assert memory["loading_bytes"] == pytest.approx(kept + largest + memory["other_bytes"], rel=1e-5)
     assert memory["least_bytes"] < 25 * GIB
     assert taken.needed_bytes < 51 * GIB
     checkpointed = ways(nano, nano_file, 4, "distributed.activation_checkpointing=true")[1][-1]
-    assert checkpointed.needed_bytes < 30 * GIB
+    assert checkpointed.needed_bytes < 28 * GIB
+    by_fsdp2 = ways(nano, nano_file, 4, "distributed.whole_blocks=0", "distributed.gathering=fsdp2")[1][2]
+    buffer = by_fsdp2.memory["weights_bytes"] - memory["weights_bytes"]
+    assert buffer == pytest.approx(largest, rel=1e-5)
+
+
+def test_what_memory_is_left_keeps_passes_recorded_and_blocks_whole(nano: Any, nano_file: Path) -> None:
+    def taken(gib: float, *overrides: str) -> Plan:
+        config, open_ways = ways(nano, nano_file, 4, *overrides, memory=gib * GIB)
+        plan = choose(config, open_ways, gib * GIB)
+        assert plan.needed_bytes <= gib * GIB
+        return plan
+
+    blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(nano)]
+    experts = {number for number, size in enumerate(blocks) if size > 1e9}
+    small = set(range(52)) - experts
+    plan = taken(61)
+    assert plan.records
+    assert str(plan) == (
+        f"shard, without activation checkpointing; {len(plan.whole)} of 52 blocks whole on each GPU"
+    )
+    assert small < plan.whole  # 29 blocks of mamba and attention, and some of the 23 with experts
+    fuller = replace(plan, memory={**plan.memory, "peak_bytes": plan.memory["peak_bytes"] + 2 * max(blocks)})
+    assert fuller.needed_bytes > 61 * GIB  # another one doesn't fit
+    assert taken(56).records
+    assert len(taken(56).whole) < len(plan.whole)
+    # Without recorded passes there is room for more of them.
+    eager = taken(61, "distributed.cuda_graphs=false")
+    assert not eager.records
+    assert len(eager.whole) > len(plan.whole)
+    fixed = taken(61, "distributed.whole_blocks=7")
+    assert len(fixed.whole) == 7
+    assert fixed.whole < small
+
+
+def test_dropout_and_other_families_are_not_recorded(nano: Any, nano_file: Path, config_file: Path) -> None:
+    def records(file: Path, causal_lm: Any, *overrides: str) -> bool:
+        config = read_config(file, ["device=cuda", *overrides])
+        return can_be_recorded(config, causal_lm, choose_targets(causal_lm, config.peft))
+
+    assert records(nano_file, nano)
+    assert records(nano_file, nano, "dataset.packing=true")
+    assert not records(nano_file, nano, "device=cpu")
+    assert not records(nano_file, nano, "peft.dropout=0.1")
+    assert not records(nano_file, nano, "distributed.cuda_graphs=false")
+    assert not records(
+        nano_file, nano, "peft.target_modules=[in_proj, lm_head]", "peft.match_all_linear=false"
+    )
+    llama = layers_alone(
+        read_config(config_file), AutoConfig.for_model("llama", num_hidden_layers=1, hidden_size=64)
+    )
+    assert not records(nano_file, llama)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "kept"),
+    [
+        ([5, 5, 5, 5], 0, set()),
+        ([5, 5, 5, 5], 2, {0, 2}),
+        ([5, 5, 5, 5], 3, {0, 1, 2}),
+        ([5, 5, 5, 5], 4, {0, 1, 2, 3}),
+        ([5, 5, 5, 5], 9, {0, 1, 2, 3}),
+        ([5, 1, 5, 1, 5, 1], 2, {1, 3}),
+        ([5, 1, 5, 1, 5, 1], 4, {0, 1, 3, 5}),
+        ([5, 1, 5, 1, 5, 1], 5, {0, 1, 2, 3, 5}),
+    ],
+)
+def test_small_blocks_are_kept_whole_first_and_large_ones_evenly(
+    sizes: list[int], count: int, kept: set[int]
+) -> None:
+    assert blocks_to_keep(sizes, count) == kept
+
+
+def test_processes_of_a_node_share_a_copy_before_all_do(nano: Any, nano_file: Path) -> None:
+    config, open_ways = ways(nano, nano_file, 8, on_a_node=4, memory=48 * GIB)
+    assert [way.sharers for way in open_ways] == [1, 1, 4, 8, 4, 8]
+    taken = choose(config, open_ways, 48 * GIB)
+    assert str(taken).startswith("shard, without activation checkpointing; each 4 processes share a copy")
+    # Where a quarter is too much, an eighth may fit.
+    smaller, quarter = choose(config, ways(nano, nano_file, 8, on_a_node=4)[1], 33 * GIB), open_ways[2]
+    assert (smaller.sharers, smaller.checkpointing) == (8, False)
+    assert smaller.memory["weights_bytes"] < quarter.memory["weights_bytes"]
+    # One process a node: all share.
+    assert {way.sharers for way in ways(nano, nano_file, 4, on_a_node=1)[1]} == {1, 4}
 
 
 def test_the_estimate_with_checkpointing_is_what_was_measured_on_one_gpu(nano: Any, nano_file: Path) -> None:
@@ -180,8 +287,14 @@ def test_the_plan_is_printed_without_a_gpu_or_a_run(
     assert plan_command(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("31,577,937,344 parameters, 58.82 GiB; 5,679,616 trained; 4,096 tokens in a pass")
-    assert shown.endswith("Taken: shard, without activation checkpointing.\n")
+    taken = r"Taken: shard, without activation checkpointing; \d\d of 52 blocks whole on each GPU\.\n"
+    assert re.search(taken + r"\Z", shown)
     assert shown.count("doesn't fit in 61.00 GiB") == 2
+    assert shown.count("beside recorded passes, for one that isn't") == 2
+    assert plan_command(monkeypatch, *arguments[:-1], "40", "--processes-per-node", "2") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("each 2 processes share a copy") == 2
+    assert "Taken: shard, without activation checkpointing" in shown
     assert list(nano_file.parent.iterdir()) == [nano_file]
 
 
