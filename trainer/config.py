@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationInfo,
     model_validator,
@@ -188,7 +189,7 @@ class DistributedSection(Section):
     """The base model whole on every GPU, or shared by several; auto: whole where the memory is enough."""
     gathering: Literal["in_place", "fsdp2"] = "in_place"
     """How a shared block's weights come together: where they are computed with, or by PyTorch's FSDP2."""
-    whole_blocks: int | Literal["auto"] = Field(default="auto", ge=0)
+    whole_blocks: NonNegativeInt | Literal["auto"] = "auto"
     """Of a shared base, how many blocks each process keeps whole; auto: as many as fit."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Computes each block again in the backward pass; auto: where the memory isn't enough without."""
