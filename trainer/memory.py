@@ -40,6 +40,7 @@ GATHERED_BLOCKS = {"in_place": PLACES, "fsdp2": 3}
 LAST_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
 CONTEXT_BYTES = 2**30
 NCCL_BYTES = 2**30
+"""For each group of processes."""
 UNCERTAINTY = 0.25
 """Of all but the weights and adapters: kernels differ in what they keep. Held against what was measured for
 Nemotron-3-Nano-30B-A3B on one H200 without checkpointing: 68.6 GiB at 4,096 tokens in a pass, 94.9 at
@@ -96,7 +97,8 @@ def estimate(
     head_is_adapted = id(causal_lm.get_output_embeddings()) in adapted
     of_logit = 2 * (dtype_bytes + FP32) if head_is_adapted else dtype_bytes
     logits = min(tokens, CHUNK_TOKENS) * causal_lm.config.vocab_size * of_logit
-    other = CONTEXT_BYTES + (NCCL_BYTES if processes > 1 else 0)
+    groups = (processes > 1) + (1 < sharers < processes)
+    other = CONTEXT_BYTES + groups * NCCL_BYTES
     adapters = lora * ADAPTER_BYTES
     a_pass = activations + max(logits, working)
     beside = max(logits, working) + 2 * hidden * dtype_bytes

@@ -84,6 +84,8 @@ class Passes:
     def _run(self, batch: Batch) -> Tensor:
         loss: Tensor = self._model(batch.input_ids, batch.labels, predicting=batch.predicting, **batch.layout)
         (loss * self._weight).backward()  # type: ignore[no-untyped-call]
+        if self._shared:
+            self._shared.settle()  # also where the first blocks had no way back
         return loss.detach()
 
     def _recording_of(self, batch: Batch) -> _Recorded | None:

@@ -133,7 +133,7 @@ def test_recorded_passes_add_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
     assert [length for _, length, _ in ran[:3]] == [32, 64, 16]
     assert recorder.pools == [None, *["the pool"] * 4]
     assert passes.recorded == 5
-    assert passes._shared.settled == len(LENGTHS)
+    assert passes._shared.settled >= 2 * len(LENGTHS)  # before each pass and after it
     assert notes == []
     address = model.table.grad.data_ptr()
     passes.clear_gradients()

@@ -142,6 +142,36 @@ def test_each_block_is_gathered_once_on_the_way_and_once_on_the_way_back(
     assert messages.asked == []
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_without_a_way_back_are_there_for_the_next_pass(messages: Messages, again: bool) -> None:
+    torch.manual_seed(1)
+    whole = Model(5, again=again)
+    model, memory = shared_like(whole, messages)
+    x = torch.randn(4, WIDTH)
+    last = nn.Parameter(torch.rand(WIDTH))
+
+    def gradient(of: Model) -> Tensor:
+        def trained(_: object, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            return (inputs[0] * last,)
+
+        handle = of.blocks[3].register_forward_pre_hook(trained)
+        last.grad = None
+        of(x).square().sum().backward()
+        handle.remove()
+        assert last.grad is not None
+        return last.grad
+
+    expected = gradient(whole)
+    for _ in range(3):
+        memory.settle()
+        messages.asked.clear()
+        assert torch.equal(gradient(model), expected)
+        assert messages.asked == [2, 3, 4, 2]
+        assert memory._lying == [2, 3]
+        memory.settle()
+        assert messages.asked == [2, 3, 4, 2, 0, 1]
+
+
 def test_a_process_keeps_its_part_and_two_places(messages: Messages) -> None:
     model = Model(4, again=False)
     twin, memory = shared_like(model, messages, whole=(1,))
