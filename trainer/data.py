@@ -281,11 +281,11 @@ def collate(
     """
     lengths = [[len(example.input_ids) for example in row] for row in rows]
     longest = row_length or max(map(sum, lengths))
-    multiple, parts = LENGTH_MULTIPLE, PREDICTING_PARTS
+    length, parts = _multiple_of(LENGTH_MULTIPLE, longest), PREDICTING_PARTS
     if recorded_length:
-        multiple = _multiple_of(LENGTH_MULTIPLE, -(-recorded_length // RECORDED_LENGTHS))
+        few = _multiple_of(-(-recorded_length // RECORDED_LENGTHS), longest)
+        length = _multiple_of(LENGTH_MULTIPLE, min(few, recorded_length))
         parts = RECORDED_PARTS
-    length = _multiple_of(multiple, longest)
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     labels = [[label for example in row for label in (IGNORED, *example.labels[1:])] for row in rows]
     examples = [example for row in rows for example in row]

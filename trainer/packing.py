@@ -1,7 +1,8 @@
 """Documents packed into rows of one length, and what a model is told to keep them apart.
 
-Attention is cut at the boundaries by the restarting positions (sdpa, eager) or the documents' ends
-(flash_attention_2), the mamba layers' convolution and state by `seq_idx`. No attention mask goes with it.
+Attention is cut at the boundaries by `document_mask` (Nemotron-H with sdpa), by the mask that transformers
+makes of the restarting positions (other models, eager) or by the documents' ends (flash_attention_2), the
+mamba layers' convolution and state by `seq_idx`.
 """
 
 from __future__ import annotations

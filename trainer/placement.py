@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, Literal
 
 import torch
@@ -94,10 +94,9 @@ def plans(
     for placement, groups in of_placement.items():
         if wanted.placement not in ("auto", placement) and processes > 1:
             continue
-        for checkpointing in (False, True):
-            if wanted.activation_checkpointing not in ("auto", checkpointing):
-                continue
-            for sharers in groups:
+        # Gathering between nodes costs more than computing again.
+        for sharers, checkpointing in product(groups, (False, True)):
+            if wanted.activation_checkpointing in ("auto", checkpointing):
                 way = _Way(config, causal_lm, targets, processes, sharers, longest, checkpointing)
                 ways.append(way.plan(memory))
     return tuple(ways)
