@@ -77,7 +77,7 @@ def estimate(
     gathered = min(GATHERED_BLOCKS[gathering], len(sharded)) * max(sharded, default=0)
     weights = kept_base + gathered
     lora = _lora_parameters(causal_lm, targets, config.peft.dim)
-    adapted = {id(module) for name, module in causal_lm.named_modules() if name in set(targets.names)}
+    adapted = {id(causal_lm.get_submodule(name)) for name in targets.names}
     kept = [
         tokens * kept_by_block(block, causal_lm.config, adapted, dtype_bytes=dtype_bytes, length=length)
         for block in blocks

@@ -9,7 +9,7 @@ do. `python -m trainer CONFIG --plan` shows the ways, and needs no GPU.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from typing import Any, Literal
@@ -118,28 +118,30 @@ class _Way:
     checkpointing: bool
 
     def plan(self, memory: float | None) -> Plan:
-        """Recorded passes come before whole blocks: without them, Python is slower than the GPU."""
-        plan = self._with(())
-        if self.config.distributed.whole_blocks != "auto" and self.sharers > 1:
-            plan = self._with(self._whole(self.config.distributed.whole_blocks))
+        """What memory is left goes to recorded passes first, then to whole blocks.
+
+        Without recordings, Python is slower than the GPU.
+        """
+        wanted = self.config.distributed.whole_blocks
+        plan = self._keeping(0 if wanted == "auto" else wanted)
         if memory is None:
             return plan
-        recorded = replace(plan, records=True)
-        if can_be_recorded(self.config, self.causal_lm, self.targets):
-            plan = recorded if recorded.needed_bytes <= memory else plan
-        if self.sharers == 1 or self.config.distributed.whole_blocks != "auto" or plan.needed_bytes > memory:
-            return plan
-        counts = range(plan.blocks)
-        most = bisect_right(counts, memory, key=lambda count: self._kept(plan, count).needed_bytes) - 1
-        return self._kept(plan, most)
+        recorded = replace(plan, records=can_be_recorded(self.config, self.causal_lm, self.targets))
+        if recorded.needed_bytes <= memory:
+            plan = recorded
+        if wanted == "auto" and self.sharers > 1 and plan.needed_bytes <= memory:
+            counts = range(plan.blocks)
+            most = bisect_right(
+                counts, memory, key=lambda count: self._keeping(count, records=plan.records).needed_bytes
+            )
+            plan = self._keeping(most - 1, records=plan.records)
+        return plan
 
-    def _kept(self, plan: Plan, count: int) -> Plan:
-        return replace(self._with(self._whole(count)), records=plan.records)
-
-    def _whole(self, count: int) -> frozenset[int]:
-        return blocks_to_keep([bytes_of(block) for block in blocks_of(self.causal_lm)], count)
-
-    def _with(self, whole: Collection[int]) -> Plan:
+    def _keeping(self, count: int, *, records: bool = False) -> Plan:
+        """With so many blocks whole on each GPU."""
+        blocks = blocks_of(self.causal_lm)
+        shares = self.sharers > 1
+        whole = blocks_to_keep([bytes_of(block) for block in blocks], count) if shares else frozenset()
         memory = estimate(
             self.causal_lm,
             self.targets,
@@ -150,8 +152,7 @@ class _Way:
             checkpointing=self.checkpointing,
             whole=whole,
         )
-        blocks = len(blocks_of(self.causal_lm))
-        return Plan(self.processes, self.sharers, self.checkpointing, memory, blocks, frozenset(whole))
+        return Plan(self.processes, self.sharers, self.checkpointing, memory, len(blocks), whole, records)
 
 
 def blocks_to_keep(sizes: Sequence[int], count: int) -> frozenset[int]:
