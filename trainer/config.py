@@ -192,7 +192,7 @@ class DistributedSection(Section):
     whole_blocks: NonNegativeInt | Literal["auto"] = "auto"
     """Of a shared base, how many blocks each process keeps whole; auto: as many as fit."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
-    """Computes each block again in the backward pass; auto: where the memory isn't enough without."""
+    """Computes each block again in the backward pass; auto: as many as the memory isn't enough without."""
     cuda_graphs: bool = True
     """Records a pass whose shapes come again, where it can be, and starts it as a whole."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)

@@ -103,6 +103,11 @@ def active_parameters(causal_lm: Any) -> int:
     )
 
 
+def forward_flops(block: nn.Module, config: Any, length: float) -> float:
+    """Of one block, for each token: what computing it again costs."""
+    return _of_block(block, config, length, backward=False)
+
+
 def _of_block(block: nn.Module, config: Any, length: float, *, backward: bool) -> float:
     passes = 3 if backward else 1  # both factors of attention and scan are activations
     flops = _of_weights(block, config, backward=backward)

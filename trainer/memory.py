@@ -4,8 +4,8 @@
                 (embeddings, head, and perhaps some blocks), its part of the other blocks, and the blocks
                 gathered at a time
     adapters    fp32, with a gradient and two moments each: 16 bytes a parameter, whole in every process
-    activations with checkpointing: each block's input, and one block's activations twice while it is computed
-                again; without: those of all blocks, and one block's gradients
+    activations of blocks that are computed again their input, and one block's activations twice while that is
+                done; of the others all, and one block's gradients
     logits      of one chunk of tokens, in the weights' dtype; through an adapted head also in fp32, and both
                 gradients
     the rest    the CUDA context, workspaces, what the allocator can't use; NCCL's buffers for several
@@ -55,14 +55,14 @@ def estimate(
     processes: int,
     sharers: int,
     longest: int,
-    checkpointing: bool,
     whole: Collection[int] = (),
+    again: Collection[int] = (),
 ) -> dict[str, int]:
     """Bytes by kind for each process's GPU.
 
     `causal_lm` may be on the meta device; `sharers` is how many processes share one copy of the base, 1 where
-    each has its own; `whole` has the numbers of the blocks that each keeps whole all the same; `longest` is
-    the longest sequence's length in tokens.
+    each has its own; `whole` has the numbers of the blocks that each keeps whole all the same, `again` of
+    those whose activations are computed again; `longest` is the longest sequence's length in tokens.
     """
     blocks = blocks_of(causal_lm)
     dtype_bytes = torch.finfo(causal_lm.dtype).bits // 8
@@ -77,7 +77,7 @@ def estimate(
     gathered = min(GATHERED_BLOCKS[gathering], len(sharded)) * max(sharded, default=0)
     weights = kept_base + gathered
     lora = _lora_parameters(causal_lm, targets, config.peft.dim)
-    adapted = {id(causal_lm.get_submodule(name)) for name in targets.names}
+    adapted = adapted_layers(causal_lm, targets)
     kept = [
         tokens * kept_by_block(block, causal_lm.config, adapted, dtype_bytes=dtype_bytes, length=length)
         for block in blocks
@@ -87,13 +87,10 @@ def estimate(
         for block, of_block in zip(blocks, kept, strict=True)
     ]
     hidden = tokens * causal_lm.config.hidden_size
+    of_input = hidden * dtype_bytes
     activations = hidden * FP32  # of the norm before the head
-    if checkpointing:
-        activations += len(blocks) * hidden * dtype_bytes
-        working = 2 * max(used)
-    else:
-        activations += sum(kept)
-        working = max(used)
+    activations += sum(of_input if number in again else size for number, size in enumerate(kept))
+    working = max(size * (1 + (number in again)) for number, size in enumerate(used))
     head_is_adapted = id(causal_lm.get_output_embeddings()) in adapted
     of_logit = 2 * (dtype_bytes + FP32) if head_is_adapted else dtype_bytes
     logits = min(tokens, CHUNK_TOKENS) * causal_lm.config.vocab_size * of_logit
@@ -131,6 +128,11 @@ def _lora_parameters(causal_lm: Any, targets: Targets, rank: int) -> int:
     experts = [causal_lm.get_parameter(name).shape for name in targets.experts]
     of_layers = sum(layer.in_features + layer.out_features for layer in layers)
     return int(rank * (of_layers + sum(shape[0] * (shape[1] + shape[2]) for shape in experts)))
+
+
+def adapted_layers(causal_lm: Any, targets: Targets) -> set[int]:
+    """The id of every linear layer with LoRA."""
+    return {id(causal_lm.get_submodule(name)) for name in targets.names}
 
 
 def kept_by_block(block: Any, config: Any, adapted: set[int], *, dtype_bytes: int, length: int) -> int:

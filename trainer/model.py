@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -142,16 +142,21 @@ def block_kind(block: Any) -> str:
     return NAMES_OF_KINDS.get(kind, kind)
 
 
-def checkpoint_activations(causal_lm: Any, *, random: bool = True) -> None:
-    """Keeps only each block's input for the backward pass, which computes the block again.
+def checkpoint_activations(
+    causal_lm: Any, *, again: Collection[int] | None = None, random: bool = True
+) -> None:
+    """Keeps only a block's input for the backward pass, which computes the block again.
 
-    `random`: whether a block draws random numbers, which must then be the same the second time.
+    `again`: the blocks' numbers, by default all. `random`: whether a block draws random numbers, which must
+    then be the same the second time.
     """
     # transformers renamed it during version 5.
     enable = (
         getattr(causal_lm, "activation_checkpointing_enable", None) or causal_lm.gradient_checkpointing_enable
     )
     enable({"use_reentrant": False, "preserve_rng_state": random})
+    for number, block in enumerate(blocks_of(causal_lm)):
+        block.gradient_checkpointing = again is None or number in again
 
 
 def kernels_in_use(causal_lm: Any, kernels: MambaKernels) -> dict[str, str]:

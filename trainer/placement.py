@@ -1,16 +1,17 @@
-"""Where the base model lies and whether activations are computed again: chosen from the memory it takes.
+"""Where the base model lies and which activations are computed again: chosen from the memory it takes.
 
 Of the ways that fit, the fastest is taken: a base on every GPU needs no gathering, and computing a block
-again costs less than gathering its weights over and over. What is sharded is so no further than it must be:
-each process keeps as many blocks whole as its memory holds, and processes of one node share a copy before all
-do. `python -m trainer CONFIG --plan` shows the ways, and needs no GPU.
+again costs less than gathering its weights over and over. Neither goes further than it must: as few blocks
+are computed again as fit, each process keeps as many whole as its memory holds, and processes of one node
+share a copy before all do. `python -m trainer CONFIG --plan` shows the ways, and needs no GPU.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, product
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ import torch
 
 from trainer.config import Config
 from trainer.errors import EnvironmentMismatch
+from trainer.flops import forward_flops
 from trainer.kernels import find_mamba_kernels
 from trainer.lora import Targets, choose_targets
-from trainer.memory import bytes_of, estimate
+from trainer.memory import adapted_layers, bytes_of, estimate, kept_by_block
 from trainer.model import blocks_of, empty_model, has_own_masks, model_config
 from trainer.parallel import World
 
@@ -42,11 +44,12 @@ class Plan:
     processes: int
     sharers: int
     """How many of them share one copy of the base; 1: each has its own."""
-    checkpointing: bool
-    memory: Mapping[str, int]
-    """See `memory.estimate`."""
     blocks: int
     """How many the model has."""
+    memory: Mapping[str, int]
+    """See `memory.estimate`."""
+    again: frozenset[int] = frozenset()
+    """Numbers of the blocks whose activations are computed again in the backward pass."""
     whole: frozenset[int] = frozenset()
     """Numbers of the blocks that each process keeps whole though the base is shared."""
     records: bool = False
@@ -60,12 +63,13 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """The peak, and what the estimate may be off by."""
-        again = self.memory["beside_bytes"] if self.records else 0
-        return self.memory["peak_bytes"] + self.memory["uncertain_bytes"] + again
+        beside = self.memory["beside_bytes"] if self.records else 0
+        return self.memory["peak_bytes"] + self.memory["uncertain_bytes"] + beside
 
     def __str__(self) -> str:
-        placement = "shard" if self.shard else "replicate"
-        parts = [f"{placement}, {'with' if self.checkpointing else 'without'} activation checkpointing"]
+        some = f" of {len(self.again)} of {self.blocks} blocks" if 0 < len(self.again) < self.blocks else ""
+        how = f"{'with' if self.again else 'without'} activation checkpointing{some}"
+        parts = [f"{'shard' if self.shard else 'replicate'}, {how}"]
         if self.shard and self.sharers < self.processes:
             parts.append(f"each {self.sharers} processes share a copy")
         if self.whole:
@@ -82,7 +86,7 @@ def plans(
     on_a_node: int | None = None,
     longest: int,
     memory: float | None = None,
-) -> tuple[Plan, ...]:
+) -> Iterator[Plan]:
     """The ways that the config leaves open, the fastest first, for so many bytes of `memory` on each GPU.
 
     `causal_lm` may be on the meta device; `on_a_node` is how many of the processes each node has, by default
@@ -90,16 +94,14 @@ def plans(
     """
     wanted = config.distributed
     of_placement = {"replicate": (1,), "shard": sharers_of(processes, on_a_node or processes)}
-    ways = []
     for placement, groups in of_placement.items():
         if wanted.placement not in ("auto", placement) and processes > 1:
             continue
         # Gathering between nodes costs more than computing again.
         for sharers, checkpointing in product(groups, (False, True)):
             if wanted.activation_checkpointing in ("auto", checkpointing):
-                way = _Way(config, causal_lm, targets, processes, sharers, longest, checkpointing)
-                ways.append(way.plan(memory))
-    return tuple(ways)
+                way = _Way(config, causal_lm, targets, processes, sharers, longest, memory)
+                yield way.plan(checkpointing)
 
 
 def sharers_of(processes: int, on_a_node: int) -> tuple[int, ...]:
@@ -109,39 +111,54 @@ def sharers_of(processes: int, on_a_node: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Way:
+    """Searches for what fits, where more of something always takes more memory, or less."""
+
     config: Config
     causal_lm: Any
     targets: Targets
     processes: int
     sharers: int
     longest: int
-    checkpointing: bool
+    memory: float | None
 
-    def plan(self, memory: float | None) -> Plan:
-        """What memory is left goes to recorded passes first, then to whole blocks.
+    def plan(self, checkpointing: bool) -> Plan:
+        """Memory goes to recorded passes first: without them, Python is slower than the GPU.
 
-        Without recordings, Python is slower than the GPU.
+        Then to the activations of as many blocks as fit, then to whole blocks.
         """
         wanted = self.config.distributed.whole_blocks
-        plan = self._keeping(0 if wanted == "auto" else wanted)
-        if memory is None:
-            return plan
-        recorded = replace(plan, records=can_be_recorded(self.config, self.causal_lm, self.targets))
-        if recorded.needed_bytes <= memory:
-            plan = recorded
-        if wanted == "auto" and self.sharers > 1 and plan.needed_bytes <= memory:
-            counts = range(plan.blocks)
-            most = bisect_right(
-                counts, memory, key=lambda count: self._keeping(count, records=plan.records).needed_bytes
-            )
-            plan = self._keeping(most - 1, records=plan.records)
+        whole = 0 if wanted == "auto" else wanted
+        for records in (
+            (True, False) if can_be_recorded(self.config, self.causal_lm, self.targets) else (False,)
+        ):
+            again = self._fewest_again(whole, records) if checkpointing else 0
+            plan = self._with(again, whole, records)
+            if self._fits(plan):
+                break
+        if wanted == "auto" and self.sharers > 1 and self._fits(plan):
+            plan = self._with(again, self._most_whole(again, records), records)
         return plan
 
-    def _keeping(self, count: int, *, records: bool = False) -> Plan:
-        """With so many blocks whole on each GPU."""
+    def _fewest_again(self, whole: int, records: bool) -> int:
+        """Of the blocks that are computed again; all if fewer don't do."""
+        blocks = len(blocks_of(self.causal_lm))
+        if self.config.distributed.activation_checkpointing != "auto":
+            return blocks
+        counts = range(1, blocks)
+        return 1 + bisect_left(counts, True, key=lambda count: self._fits(self._with(count, whole, records)))
+
+    def _most_whole(self, again: int, records: bool) -> int:
+        counts = range(1, len(blocks_of(self.causal_lm)))
+        return bisect_left(counts, True, key=lambda count: not self._fits(self._with(again, count, records)))
+
+    def _fits(self, plan: Plan) -> bool:
+        return self.memory is not None and plan.needed_bytes <= self.memory
+
+    def _with(self, again: int, whole: int, records: bool) -> Plan:
+        """With so many blocks that are computed again, and that are whole on each GPU."""
         blocks = blocks_of(self.causal_lm)
-        shares = self.sharers > 1
-        whole = blocks_to_keep([bytes_of(block) for block in blocks], count) if shares else frozenset()
+        kept = blocks_to_keep([bytes_of(block) for block in blocks], whole if self.sharers > 1 else 0)
+        computed = self._worth_computing_again[:again]
         memory = estimate(
             self.causal_lm,
             self.targets,
@@ -149,10 +166,23 @@ class _Way:
             processes=self.processes,
             sharers=self.sharers,
             longest=self.longest,
-            checkpointing=self.checkpointing,
-            whole=whole,
+            whole=kept,
+            again=frozenset(computed),
         )
-        return Plan(self.processes, self.sharers, self.checkpointing, memory, len(blocks), whole, records)
+        return Plan(self.processes, self.sharers, len(blocks), memory, frozenset(computed), kept, records)
+
+    @cached_property
+    def _worth_computing_again(self) -> list[int]:
+        """The blocks' numbers, kind by kind: those first that keep the most for what computing them takes."""
+        config = self.causal_lm.config
+        adapted = adapted_layers(self.causal_lm, self.targets)
+
+        def worth(block: Any) -> float:
+            kept = kept_by_block(block, config, adapted, dtype_bytes=2, length=self.longest)
+            return kept / forward_flops(block, config, self.longest)
+
+        worths = [worth(block) for block in blocks_of(self.causal_lm)]
+        return sorted(range(len(worths)), key=lambda number: (-worths[number], number))
 
 
 def blocks_to_keep(sizes: Sequence[int], count: int) -> frozenset[int]:
@@ -189,15 +219,17 @@ def can_be_recorded(config: Config, causal_lm: Any, targets: Targets) -> bool:
     )
 
 
-def choose(config: Config, ways: Sequence[Plan], memory: float | None = None) -> Plan:
+def choose(config: Config, ways: Iterable[Plan], memory: float | None = None) -> Plan:
     """The first of `ways` that fits into so many bytes; the smallest if none does, or if they aren't known.
 
     On a CPU the first.
     """
-    if config.device == "cpu":
-        return ways[0]
-    fitting = [way for way in ways if memory is not None and way.needed_bytes <= memory]
-    return fitting[0] if fitting else min(ways, key=lambda way: way.needed_bytes)
+    seen = []
+    for way in ways:
+        if config.device == "cpu" or (memory is not None and way.needed_bytes <= memory):
+            return way
+        seen.append(way)
+    return min(seen, key=lambda way: way.needed_bytes)
 
 
 def plan_run(config: Config, causal_lm: Any, targets: Targets, world: World, *, longest: int) -> Plan:
@@ -208,7 +240,7 @@ def plan_run(config: Config, causal_lm: Any, targets: Targets, world: World, *, 
     on_each_node = set(world.gather(world.on_this_node))
     on_a_node = on_each_node.pop() if len(on_each_node) == 1 else None
 
-    def ways(memory: int | None) -> tuple[Plan, ...]:
+    def ways(memory: int | None) -> Iterator[Plan]:
         return plans(
             config,
             causal_lm,
@@ -255,14 +287,17 @@ def describe(config: Config, *, processes: int, on_a_node: int | None = None) ->
     targets = choose_targets(causal_lm, config.peft)
     limit = config.distributed.gpu_memory_gib
     memory = limit * GIB if limit else None
-    ways = plans(
-        config,
-        causal_lm,
-        targets,
-        processes=processes,
-        on_a_node=on_a_node,
-        longest=config.dataset.seq_length,
-        memory=memory,
+    longest = config.dataset.seq_length
+    ways = tuple(
+        plans(
+            config,
+            causal_lm,
+            targets,
+            processes=processes,
+            on_a_node=on_a_node,
+            longest=longest,
+            memory=memory,
+        )
     )
     facts = ways[0].memory
     lines = [

@@ -104,8 +104,8 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
             shard_with_fsdp2(training_model, blocks, world, sharers=plan.sharers, whole=plan.whole)
     fill(causal_lm, config.model, world.device, seed=config.seed)
     peft_model = add_lora(causal_lm, targets, config.peft, seed=config.seed)
-    if plan.checkpointing:
-        checkpoint_activations(causal_lm, random=config.peft.dropout > 0)
+    if plan.again:
+        checkpoint_activations(causal_lm, again=plan.again, random=config.peft.dropout > 0)
     adapters = adapter_parameters(peft_model)
     shares = share_adapted(peft_model, targets)
     training_model.train()

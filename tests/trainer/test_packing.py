@@ -185,12 +185,29 @@ def test_no_document_reaches_another_not_even_by_the_last_bit(config_file: Path,
     assert not any(same[ends[0] : ends[1]])
 
 
-def test_the_places_reach_the_blocks_through_checkpointing(config_file: Path) -> None:
+def count_forwards(causal_lm: Any) -> list[int]:
+    """How often each block's mixer computes from here on, by the block's number."""
+    counts = [0] * len(blocks_of(causal_lm))
+
+    def count(number: int) -> None:
+        counts[number] += 1
+
+    for number, block in enumerate(blocks_of(causal_lm)):
+        block.mixer.register_forward_pre_hook(lambda *_, number=number: count(number))
+    return counts
+
+
+@pytest.mark.parametrize("again", [None, (1, 2)])
+def test_the_places_reach_the_blocks_through_checkpointing(
+    config_file: Path, again: tuple[int, ...] | None
+) -> None:
     causal_lm = build(config_file, "nemotron_h", "sdpa", fused=True)
     batches = [collate(packed_rows(), pad=7, row_length=ROW_LENGTH)]
     expected, gradients = loss_and_gradients(causal_lm, batches)
-    checkpoint_activations(causal_lm)
+    checkpoint_activations(causal_lm, again=again)
+    computed = count_forwards(causal_lm)
     found, checkpointed = loss_and_gradients(causal_lm, batches)
+    assert computed == [1 + (again is None or number in again) for number in range(len(computed))]
     assert found == expected
     assert all(torch.equal(checkpointed[name], gradient) for name, gradient in gradients.items())
 
