@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.data import Batch
+from trainer.data import RECORDED_LENGTHS, RECORDED_PARTS, Batch
 from trainer.sharding import SharedBlocks
 
-MOST_GRAPHS = 64
-"""Shapes that are recorded; batches of others run kernel by kernel."""
+MOST_GRAPHS = RECORDED_LENGTHS * RECORDED_PARTS
+"""Shapes that are recorded, as many as `collate` makes; batches of others run kernel by kernel."""
 
 Shapes = tuple[object, ...]
 
