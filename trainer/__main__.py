@@ -109,6 +109,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.plan:
         processes = arguments.processes, arguments.processes_per_node
+        if arguments.processes % (arguments.processes_per_node or 1):
+            parser.error("--processes-per-node must be a part of --processes")
         return _plan(arguments.config, arguments.overrides, *processes, arguments.gpu_memory_gib)
     if arguments.run_dir is None:
         parser.error("--run-dir is missing")

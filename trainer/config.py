@@ -194,7 +194,7 @@ class DistributedSection(Section):
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Computes each block again in the backward pass; auto: as many as the memory isn't enough without."""
     cuda_graphs: bool = True
-    """Records a pass whose shapes come again, where it can be, and starts it as a whole."""
+    """Records a pass for each shape that batches have, where it can be, and starts it as a whole."""
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Take no more than so much of each GPU."""
     timeout_minutes: float = Field(default=10, gt=0)

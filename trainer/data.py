@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ LENGTH_MULTIPLE = 8
 PREDICTING_PARTS = 16
 """The places that predict are filled up to a multiple of this part of all."""
 RECORDED_LENGTHS = 16
-"""How many lengths batches have at most where passes of each are recorded, …"""
+"""How many lengths batches have at most where a pass of each shape is recorded, …"""
 RECORDED_PARTS = 4
 """… and of how many lengths their places that predict then are."""
 
@@ -46,6 +47,16 @@ class Example:
 
 Row = tuple[Example, ...]
 """What one row of a batch holds."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a batch is padded to."""
+
+    length: int
+    """Of its rows, in tokens."""
+    predicting: int
+    """Places that predict, in all its rows together."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,11 @@ class Dataset:
     """Lines of examples that were left out: longer than seq_length, or nothing trained within it."""
     row_length: int | None = None
     """Tokens of a row that examples are packed into; None: each example is a row."""
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.row_length or max(len(example.input_ids) for example in self.examples)
 
     def rows(self, order: Sequence[int]) -> list[Row]:
         """The examples of these numbers, in rows; packed ones a window after the other."""
@@ -270,22 +286,17 @@ class Stream:
 
 
 def collate(
-    rows: Sequence[Row], *, pad: int, row_length: int | None = None, recorded_length: int | None = None
+    rows: Sequence[Row], *, pad: int, row_length: int | None = None, shape: Shape | None = None
 ) -> Batch:
-    """One batch, padded on the right: to the longest row, or packed rows to `row_length`.
+    """One batch, padded on the right: to the longest row, packed rows to `row_length`; or to `shape`.
 
-    With `recorded_length`, the longest that any row may have, batches are padded to a few shapes only.
     No attention mask goes with it: attention and the Mamba scan are causal, so padding on the right never
     reaches a real token, and padding itself is not trained. No example's first token is: nothing before it
     predicts it.
     """
     lengths = [[len(example.input_ids) for example in row] for row in rows]
     longest = row_length or max(map(sum, lengths))
-    length, parts = _multiple_of(LENGTH_MULTIPLE, longest), PREDICTING_PARTS
-    if recorded_length:
-        few = _multiple_of(-(-recorded_length // RECORDED_LENGTHS), longest)
-        length = _multiple_of(LENGTH_MULTIPLE, min(few, recorded_length))
-        parts = RECORDED_PARTS
+    length = shape.length if shape else _multiple_of(LENGTH_MULTIPLE, longest)
     ids = [[token for example in row for token in example.input_ids] for row in rows]
     labels = [[label for example in row for label in (IGNORED, *example.labels[1:])] for row in rows]
     examples = [example for row in rows for example in row]
@@ -296,9 +307,32 @@ def collate(
         sum(map(sum, lengths)),
         sum(map(trained_tokens, examples)),
         tuple(example.line for example in examples),
-        layout_of(lengths, length, with_ends=recorded_length is None) if row_length else {},
-        _predicting(padded_labels, parts),
+        layout_of(lengths, length, with_ends=shape is None) if row_length else {},
+        _predicting(padded_labels, shape),
     )
+
+
+def recorded_shape(batches: Sequence[Sequence[Row]], *, longest: int) -> Shape:
+    """One of few shapes, that suits each of `batches`, all of as many rows.
+
+    longest: tokens of the longest row that there is.
+    """
+    rows = [row for batch in batches for row in batch]
+    most = max(sum(len(example.input_ids) for example in row) for row in rows)
+    few = _multiple_of(-(-longest // RECORDED_LENGTHS), most)
+    length = _multiple_of(LENGTH_MULTIPLE, min(few, longest))
+    trained = max(sum(trained_tokens(example) for row in batch for example in row) for batch in batches)
+    return Shape(length, _multiple_of(_part(length, len(batches[0])), trained))
+
+
+def largest_shape(rows: int, *, longest: int) -> Shape:
+    """The largest that `recorded_shape` gives for batches of so many rows."""
+    length = _multiple_of(LENGTH_MULTIPLE, longest)
+    return Shape(length, RECORDED_PARTS * _part(length, rows))
+
+
+def _part(length: int, rows: int) -> int:
+    return -(-length * rows // RECORDED_PARTS)
 
 
 def _multiple_of(unit: int, number: int) -> int:
@@ -306,12 +340,13 @@ def _multiple_of(unit: int, number: int) -> int:
     return -(-number // unit) * unit
 
 
-def _predicting(labels: Tensor, parts: int) -> Tensor:
+def _predicting(labels: Tensor, shape: Shape | None) -> Tensor:
     """See `Batch`: of few lengths, so that batches of one shape are mostly alike in this too."""
     places = (labels[:, 1:] != IGNORED).nonzero()
     flat = places[:, 0] * labels.shape[1] + places[:, 1]
-    unit = -(-labels.numel() // parts)
-    return F.pad(flat, (0, -flat.numel() % unit), value=labels.numel() - 1)
+    part = -(-labels.numel() // PREDICTING_PARTS)
+    wanted = shape.predicting if shape else _multiple_of(part, flat.numel())
+    return F.pad(flat, (0, wanted - flat.numel()), value=labels.numel() - 1)
 
 
 def _padded(rows: Sequence[list[int]], length: int, filler: int) -> Tensor:

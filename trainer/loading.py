@@ -60,7 +60,7 @@ class Piece:
 def load_weights(causal_lm: Any, folder: Path) -> None:
     """Fills the parameters and the stored buffers of `causal_lm` from the files in `folder`.
 
-    The tensors are on their device, whole or sharded by FSDP2. Takes the hub's layout and transformers' own.
+    The tensors are on their device, whole or shared. Takes the hub's layout and transformers' own.
     Raises ConfigError for a damaged file and for a tensor that is missing, unknown or of another shape.
     """
     pieces = pieces_of(causal_lm, folder)

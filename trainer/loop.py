@@ -11,7 +11,7 @@ import torch
 from trainer.boundary import Boundary, StopRequested
 from trainer.chat import IGNORED
 from trainer.config import Config
-from trainer.data import Example
+from trainer.data import Example, collate
 from trainer.governor import Job
 from trainer.lora import describe_base, save_adapter
 from trainer.metrics import Metrics, memory_bytes
@@ -19,7 +19,7 @@ from trainer.outcome import Progress
 from trainer.parallel import World
 from trainer.prepare import Run, prepare
 from trainer.samples import write_samples
-from trainer.step import collate_rows, train_step
+from trainer.step import train_step
 from trainer.watch import Watch
 
 
@@ -39,7 +39,7 @@ def train(
     job's end is near.
     """
     run = prepare(config, run_dir, world, metrics, progress)
-    run.training_model.register_forward_pre_hook(lambda *_: watch.pulse())
+    run.pulse = watch.pulse
     boundary = Boundary(run, job, progress.stamp, stop_requested, watch)
     validated = None
     try:
@@ -125,12 +125,13 @@ def _validate(run: Run, step: int) -> float:
             break
         # With sharded weights every process must take part in every pass, also one that has no row left.
         rows = everything[first : first + size] or [(_untrained(run.validation.examples[0]),)]
-        batch = collate_rows(run, rows, run.validation)
+        batch = collate(rows, pad=run.pad, row_length=run.validation.row_length)
         on_device = batch.to(run.world.device)
         total[0] += run.training_model(
             on_device.input_ids, on_device.labels, predicting=on_device.predicting, **on_device.layout
         ).double()
         total[1] += batch.trained_tokens
+        run.pulse()
     run.training_model.train()
     summed, tokens = run.world.sum(total).tolist()
     loss, seconds = summed / tokens, time.perf_counter() - started

@@ -10,7 +10,8 @@
                 gradients
     the rest    the CUDA context, workspaces, what the allocator can't use; NCCL's buffers for several
     loading     what the process keeps of the base; random weights of a sharded block are made whole first
-    beside      what a validating pass takes beside those recorded as CUDA graphs, which give nothing back
+    beside      what a validating pass takes beside those recorded as CUDA graphs, which give nothing back,
+                and the graphs
 
 A linear layer keeps its output, for what comes after it, and one with LoRA its input. What CUDA runs is
 counted, whatever this machine has: the fused mamba scan, norms and activations that keep their input alone.
@@ -37,6 +38,8 @@ ADAPTER_BYTES = 16
 """A parameter in fp32, its gradient, and Adam's two moments."""
 GATHERED_BLOCKS = {"in_place": PLACES, "fsdp2": 3}
 """The block that computes and the one gathered ahead; FSDP2 gathers into a buffer besides."""
+GRAPHS_BYTES = 2**30
+"""Of the CUDA graphs themselves, which PyTorch doesn't count: a guess."""
 LAST_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
 CONTEXT_BYTES = 2**30
 NCCL_BYTES = 2**30
@@ -74,12 +77,20 @@ def estimate(
     sharded = [size for number, size in enumerate(of_blocks) if sharers > 1 and number not in whole]
     kept_base = base - sum(sharded) + math.ceil(sum(sharded) / sharers)
     gathering = config.distributed.gathering
-    gathered = min(GATHERED_BLOCKS[gathering], len(sharded)) * max(sharded, default=0)
+    gathered = GATHERED_BLOCKS[gathering] * max(sharded, default=0)
     weights = kept_base + gathered
     lora = _lora_parameters(causal_lm, targets, config.peft.dim)
     adapted = adapted_layers(causal_lm, targets)
     kept = [
-        tokens * kept_by_block(block, causal_lm.config, adapted, dtype_bytes=dtype_bytes, length=length)
+        tokens
+        * kept_by_block(
+            block,
+            causal_lm.config,
+            adapted,
+            dtype_bytes=dtype_bytes,
+            length=length,
+            packed=config.dataset.packing,
+        )
         for block in blocks
     ]
     used = [
@@ -88,9 +99,11 @@ def estimate(
     ]
     hidden = tokens * causal_lm.config.hidden_size
     of_input = hidden * dtype_bytes
+    packed = config.dataset.packing and causal_lm.config._attn_implementation == "sdpa"
     activations = hidden * FP32  # of the norm before the head
+    activations += tokens * length * dtype_bytes * packed  # the mask of the documents
     activations += sum(of_input if number in again else size for number, size in enumerate(kept))
-    working = max(size * (1 + (number in again)) for number, size in enumerate(used))
+    working = max(used) * (2 if again else 1)
     head_is_adapted = id(causal_lm.get_output_embeddings()) in adapted
     of_logit = 2 * (dtype_bytes + FP32) if head_is_adapted else dtype_bytes
     logits = min(tokens, CHUNK_TOKENS) * causal_lm.config.vocab_size * of_logit
@@ -98,7 +111,7 @@ def estimate(
     other = CONTEXT_BYTES + groups * NCCL_BYTES
     adapters = lora * ADAPTER_BYTES
     a_pass = activations + max(logits, working)
-    beside = max(logits, working) + 2 * hidden * dtype_bytes
+    beside = max(logits, working) + 2 * of_input + GRAPHS_BYTES
     training = weights + adapters + a_pass
     made_whole = max(sharded, default=0) if config.model.init == "random" else 0
     loading = kept_base + made_whole
@@ -116,7 +129,7 @@ def estimate(
         "loading_bytes": loading + other,
         "least_bytes": max(loading, weights + adapters),
         "peak_bytes": max(training, loading) + other,
-        "beside_bytes": beside + (gathered if gathering == "fsdp2" else 0),
+        "beside_bytes": beside,
         "uncertain_bytes": int(UNCERTAINTY * (a_pass + other)),
     }
 
@@ -135,10 +148,13 @@ def adapted_layers(causal_lm: Any, targets: Targets) -> set[int]:
     return {id(causal_lm.get_submodule(name)) for name in targets.names}
 
 
-def kept_by_block(block: Any, config: Any, adapted: set[int], *, dtype_bytes: int, length: int) -> int:
+def kept_by_block(
+    block: Any, config: Any, adapted: set[int], *, dtype_bytes: int, length: int, packed: bool = False
+) -> int:
     """Bytes for each token that one block keeps for its backward pass.
 
-    `adapted` has the id of every linear layer with LoRA; `length` is the sequence's, in tokens.
+    `adapted` has the id of every linear layer with LoRA; `length` is the sequence's, in tokens; `packed` is
+    whether several documents are in it.
     """
     kept = 0
     for name, module in block.named_modules():
@@ -149,7 +165,7 @@ def kept_by_block(block: Any, config: Any, adapted: set[int], *, dtype_bytes: in
         elif _is_norm(module):
             kept += sum(dtype_bytes * p.numel() for p in module.parameters(recurse=False))  # its input
         if hasattr(module, "q_proj"):
-            kept += _kept_by_attention(module, config, dtype_bytes, length)
+            kept += _kept_by_attention(module, config, dtype_bytes, length, packed)
         if hasattr(module, "ssm_state_size"):
             # The fused scan keeps what it is given, in_proj's output, and its own output before the norm.
             kept += module.num_heads * module.head_dim * dtype_bytes
@@ -185,13 +201,15 @@ def _expert_shapes(module: nn.Module) -> list[tuple[int, int]]:
     return [(p.shape[1], p.shape[2]) for p in own]
 
 
-def _kept_by_attention(module: Any, config: Any, dtype_bytes: int, length: int) -> int:
+def _kept_by_attention(module: Any, config: Any, dtype_bytes: int, length: int, packed: bool) -> int:
     """Queries, keys and values once more as the kernel takes them; written out, the scores too."""
     copies = (
         module.q_proj.out_features + module.k_proj.out_features + module.v_proj.out_features
     ) * dtype_bytes
     if getattr(config, "_attn_implementation", "sdpa") == "eager":
         return int(copies + config.num_attention_heads * length * (FP32 + 2 * dtype_bytes))
+    if packed:  # with a mask, transformers repeats keys and values for each head of the queries
+        copies += 2 * module.q_proj.out_features * dtype_bytes
     return int(copies)
 
 

@@ -49,7 +49,9 @@ class TrainingModel(nn.Module):
         if has_own_masks(self.causal_lm):
             # transformers would ask the device what is needed. Without documents it is plain causality.
             documents = layout.get("seq_idx")
-            masks = {"full_attention": document_mask(documents)} if isinstance(documents, Tensor) else {}
+            masks = {}
+            if isinstance(documents, Tensor):
+                masks["full_attention"] = document_mask(documents, self.causal_lm.dtype)
             layout["attention_mask"] = masks  # type: ignore[assignment]
         # With a cache object the mamba layers would leave the fused path.
         output = self.causal_lm.model(input_ids=input_ids, use_cache=False, **layout)

@@ -71,7 +71,11 @@ def layout_of(rows: Sequence[Sequence[int]], length: int, *, with_ends: bool = T
     }
 
 
-def document_mask(seq_idx: Tensor) -> Tensor:
-    """[rows, length] of `layout_of` → [rows, 1, length, length], bool: who attends to whom."""
-    same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
-    return same.tril_()
+def document_mask(seq_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, length] of `layout_of` → [rows, 1, length, length]: 0 where one attends to another, else -inf.
+
+    Of the model's dtype, as attention would make of a bool mask in every layer anew.
+    """
+    same = (seq_idx[:, None, :, None] == seq_idx[:, None, None, :]).tril_()
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill_(same.logical_not_(), -torch.inf)

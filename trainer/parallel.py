@@ -91,6 +91,8 @@ def open_world(device: str, *, timeout_minutes: float) -> Iterator[World]:
         yield World(0, 1, place)
         return
     backend = "nccl" if device == "cuda" else "gloo"
+    # Buffers that a CUDA graph gathers into would be registered by processes that record for themselves.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(
         backend,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data import RECORDED_LENGTHS, RECORDED_PARTS, Batch
+from trainer.parallel import World
 from trainer.sharding import SharedBlocks
 
 MOST_GRAPHS = RECORDED_LENGTHS * RECORDED_PARTS
@@ -42,11 +43,12 @@ class Passes:
         *,
         largest: Batch | None,
         shared: SharedBlocks | None,
+        world: World,
         warn: Callable[[str], None],
     ) -> None:
         """Passes are recorded if `largest` is given, a batch of the largest shape that there will be."""
         self._model, self._adapters, self._device = model, adapters, device
-        self._largest, self._shared, self._warn = largest, shared, warn
+        self._largest, self._shared, self._world, self._warn = largest, shared, world, warn
         self._weight = torch.zeros((), dtype=torch.float32, device=device)
         self._kernels_are_known = False
         self._recorded: dict[Shapes, _Recorded] = {}
@@ -91,40 +93,55 @@ class Passes:
     def _recording_of(self, batch: Batch) -> _Recorded | None:
         assert self._largest is not None
         shapes = _shapes(batch)
-        if shapes in self._recorded:
-            return self._recorded[shapes]
-        if len(self._recorded) == MOST_GRAPHS:
-            return None
+        if shapes in self._recorded or len(self._recorded) == MOST_GRAPHS:
+            return self._recorded.get(shapes)
         for parameter in self._adapters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        try:
-            if not self._recorded:
-                self._record(self._largest)
-            if shapes not in self._recorded:
-                self._record(batch)
-        except RuntimeError as problem:
-            self._give_up(problem)
+        failure = None if self._recorded else self._record(self._largest)
+        if not failure and shapes not in self._recorded:
+            failure = self._record(batch)
+        # Processes that share the base record together, and give up together.
+        if self._world.any(failure is not None) if self._shared else failure:
+            self._give_up(failure or "another process can't")
         return self._recorded.get(shapes)
 
-    def _record(self, batch: Batch) -> None:
-        """Nothing is computed meanwhile."""
+    def _record(self, batch: Batch) -> str | None:
+        """Nothing is computed meanwhile. Returns why it can't be done."""
         static = batch.to(self._device)
         pool = next((recorded.graph.pool() for recorded in self._recorded.values()), None)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread is watched: NCCL's own and that of a checkpoint may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            loss = self._run(static)
-        self._recorded[_shapes(batch)] = _Recorded(graph, static, loss)
+        failure = None
+        caller = torch.cuda.current_stream(self._device)
+        try:
+            # Only this thread is watched: NCCL's own and that of a checkpoint may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                try:
+                    loss = self._run(static)
+                except RuntimeError as problem:
+                    # Recording ends in good order all the same: else its memory would never come back.
+                    failure = _first_line(problem)
+                    if self._shared:
+                        self._shared.nothing_moved()
+        except RuntimeError as problem:
+            torch.cuda.set_stream(caller)  # which a recording that is broken off doesn't go back to
+            failure = failure or _first_line(problem)
+        if failure is None:
+            self._recorded[_shapes(batch)] = _Recorded(graph, static, loss)
+        return failure
 
-    def _give_up(self, problem: RuntimeError) -> None:
+    def _give_up(self, why: str) -> None:
         """No more recordings, and their memory back: a pass without one may need all that there is."""
         self._largest = None
         self._recorded.clear()
         torch.cuda.empty_cache()
         if self._shared:
             self._shared.nothing_moved()
-        self._warn(f"passes are not recorded as CUDA graphs: {str(problem).splitlines()[0]}")
+        self._warn(f"passes are not recorded as CUDA graphs: {why}")
+
+
+def _first_line(problem: RuntimeError) -> str:
+    return str(problem).splitlines()[0]
 
 
 def _tensors(batch: Batch) -> list[Tensor]:

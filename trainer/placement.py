@@ -106,12 +106,14 @@ def plans(
 
 def sharers_of(processes: int, on_a_node: int) -> tuple[int, ...]:
     """How many processes may share a copy: those of a node, between which gathering is fast; then all."""
-    return tuple(count for count in dict.fromkeys((on_a_node, processes)) if count > 1)
+    counts = dict.fromkeys((on_a_node, processes))
+    return tuple(count for count in counts if 1 < count <= processes and processes % count == 0)
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Searches for what fits, where more of something always takes more memory, or less."""
+    """Searches for what fits: each further block that is whole takes memory, each that is computed again
+    gives some back."""
 
     config: Config
     causal_lm: Any
@@ -128,9 +130,8 @@ class _Way:
         """
         wanted = self.config.distributed.whole_blocks
         whole = 0 if wanted == "auto" else wanted
-        for records in (
-            (True, False) if can_be_recorded(self.config, self.causal_lm, self.targets) else (False,)
-        ):
+        recordable = can_be_recorded(self.config, self.causal_lm, self.targets, shares=self.sharers > 1)
+        for records in (True, False) if recordable else (False,):
             again = self._fewest_again(whole, records) if checkpointing else 0
             plan = self._with(again, whole, records)
             if self._fits(plan):
@@ -204,16 +205,18 @@ def blocks_to_keep(sizes: Sequence[int], count: int) -> frozenset[int]:
     return frozenset(kept)
 
 
-def can_be_recorded(config: Config, causal_lm: Any, targets: Targets) -> bool:
+def can_be_recorded(config: Config, causal_lm: Any, targets: Targets, *, shares: bool) -> bool:
     """Whether a pass may become a CUDA graph: the same kernels every time, and nothing asks the device.
 
-    Dropout draws anew, and of other models transformers asks the device for the shape of the attention mask.
+    Dropout draws anew; of other models transformers asks the device for the shape of the attention mask; and
+    what FSDP2 remembers of a pass would be wrong after a recording that failed.
     """
     head = causal_lm.get_output_embeddings()
     return (
         config.device == "cuda"
         and config.distributed.cuda_graphs
         and not config.peft.dropout
+        and not (shares and config.distributed.gathering == "fsdp2")
         and has_own_masks(causal_lm)
         and not any(module is head for name, module in causal_lm.named_modules() if name in targets.names)
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from trainer.config import Config
-from trainer.data import Batch, Dataset, Example, Stream, Work, collate, open_dataset
+from trainer.data import Batch, Dataset, Stream, Work, collate, largest_shape, open_dataset
 from trainer.errors import ConfigError
 from trainer.flops import TrainingFlops, mean_length, training_flops
 from trainer.kernels import find_mamba_kernels
@@ -64,6 +65,8 @@ class Run:
     flops: TrainingFlops
     steps: int
     """How many the whole training has."""
+    pulse: Callable[[], None] = lambda: None
+    """A sign of life, to be given after each pass."""
     work_ahead: dict[int, Work] = field(default_factory=dict)
     """Step → what was made for it while the step before was computed."""
 
@@ -92,8 +95,7 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
 
     causal_lm = empty_model(config.model, base_config, kernels, world.device)
     targets = choose_targets(causal_lm, config.peft)
-    longest = data.row_length or max(len(example.input_ids) for example in data.examples)
-    plan = plan_run(config, causal_lm, targets, world, longest=longest)
+    plan = plan_run(config, causal_lm, targets, world, longest=data.longest)
     training_model = TrainingModel(causal_lm)
     shared = None
     if plan.shard:
@@ -127,6 +129,7 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
             world.device,
             largest=_largest_batch(config, data, tokenizer.pad_token_id) if plan.records else None,
             shared=shared,
+            world=world,
             warn=metrics.note,
         ),
         stream=stream,
@@ -149,10 +152,9 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
 
 def _largest_batch(config: Config, data: Dataset, pad: int) -> Batch:
     """No batch of training has a larger shape. Its numbers mean nothing."""
-    longest = max(data.examples, key=lambda example: len(example.input_ids))
-    trained = Example(longest.input_ids, longest.input_ids, longest.line)
-    rows = [(trained,)] * config.step_scheduler.local_batch_size
-    return collate(rows, pad=pad, row_length=data.row_length, recorded_length=config.dataset.seq_length)
+    rows = [(data.examples[0],)] * config.step_scheduler.local_batch_size
+    shape = largest_shape(len(rows), longest=data.longest)
+    return collate(rows, pad=pad, row_length=data.row_length, shape=shape)
 
 
 def check_batch_sizes(config: Config, processes: int) -> None:
@@ -215,7 +217,7 @@ def _announce(
         f"{shares['adapted_layers']} of {shares['linear_layers']} linear layers, "
         f"{shares['adapted_expert_projections']} of {shares['expert_projections']} expert projections"
     )
-    graphs = "; passes that come again are recorded as CUDA graphs" if run.plan.records else ""
+    graphs = "; passes are recorded as CUDA graphs" if run.plan.records else ""
     metrics.say(f"base model: {run.plan}; on {run.world.size} processes{graphs}")
     metrics.say(
         f"kernels on {device.type}: " + "; ".join(f"{kind}: {name}" for kind, name in kernels.items())

@@ -40,7 +40,8 @@ class Prompt:
 def write_samples(run: Run, when: Literal["before", "after"], pulse: Callable[[], None]) -> None:
     """Records the answers. All processes compute them, for a base that may be sharded; rank 0 writes.
 
-    `pulse` is called after each: a sign of life. Where they can't be computed, that is noted.
+    `pulse` is called after each: a sign of life. Where they can't be computed, that is noted; a full GPU is
+    raised where processes share the base.
     """
     prompts = list(prompts_of(run.config.samples, run.validation, run.tokenizer))
     if not prompts:
@@ -51,6 +52,8 @@ def write_samples(run: Run, when: Literal["before", "after"], pulse: Callable[[]
         try:
             ids = generate(run, prompt.ids)
         except RuntimeError as problem:
+            if run.plan.shard and isinstance(problem, torch.OutOfMemoryError):
+                raise  # perhaps of this process alone: the others would gather without it
             # Training doesn't need them, and transformers' cached path asks more of a model's sizes.
             run.metrics.note(f"samples {when} training are left out: {str(problem).splitlines()[0]}")
             return

@@ -46,8 +46,9 @@ class SharedParameter(nn.Parameter):
 class SharedBlocks:
     """The shared blocks' memory and messages.
 
-    All processes gather the same blocks in the same order, be it pass by pass or from a recording: what lies
-    where at the beginning of a pass only depends on the passes before it.
+    All processes gather the same blocks in the same order: what lies where at the beginning of a pass only
+    depends on the passes before it. NCCL wants a pass that is recorded to be so by all at once: they take
+    batches of one shape (`step.py`).
     """
 
     def __init__(self, blocks: Sequence[nn.Module], world: World, group: dist.ProcessGroup | None) -> None:
@@ -87,6 +88,9 @@ class SharedBlocks:
 
     def nothing_moved(self) -> None:
         """What was asked for since `settle` was for a recording, and never came."""
+        for event in self._coming:
+            if event is not None:
+                torch.cuda.current_stream(self._device).wait_event(event)
         self._lying = list(range(len(self._places)))
         self._coming = [None] * len(self._places)
 

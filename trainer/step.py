@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.data import Batch, Dataset, Row, Work, collate, trained_tokens
+from trainer.data import Batch, Row, Work, collate, recorded_shape, trained_tokens
 from trainer.errors import TrainingFailed
 from trainer.lora import require_gradients
 from trainer.parallel import sum_gradients
 from trainer.prepare import Run
 from trainer.schedule import learning_rate, update
+
+PASSES_AHEAD = 64
+"""Started before one of them is waited for."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def train_step(run: Run, step: int) -> Step:
     started = time.perf_counter()
     work = run.work_ahead.pop(step, None) or _work_of(run, step)
     run.passes.weigh(work.trained)
-    own = torch.stack([run.passes(batch) for batch in work.batches])
+    own = _losses(run, work.batches)
     if run.progress.first_step_seconds is None:
         if not bool(torch.isfinite(run.world.sum(own.sum()))):
             raise _not_finite(run, step, work.batches, own)
@@ -62,6 +65,17 @@ def train_step(run: Run, step: int) -> Step:
     return Step(work, loss / work.trained, rate, norm_value, time.perf_counter() - started)
 
 
+def _losses(run: Run, batches: Sequence[Batch]) -> Tensor:
+    """Of each micro-batch, not yet divided."""
+    losses: list[Tensor] = []
+    for batch in batches:
+        losses.append(run.passes(batch))
+        run.pulse()
+        if len(losses) % PASSES_AHEAD == 0:  # a sign of life should not be far ahead of the device
+            losses[-1].item()
+    return torch.stack(losses)
+
+
 def _work_of(run: Run, step: int) -> Work:
     """This process's micro-batches of the step's global batch, and the whole batch's tokens.
 
@@ -73,22 +87,24 @@ def _work_of(run: Run, step: int) -> Work:
     rows = [run.stream[first + n] for n in range(scheduler.global_batch_size)]
     examples = [example for row in rows for example in row]
     size = scheduler.local_batch_size
-    own = range(run.world.rank * size, len(rows), size * run.world.size)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    turns = range(0, len(batches), run.world.size)
     return Work(
-        [collate_rows(run, rows[start : start + size], run.stream.dataset) for start in own],
+        [_batch_of(run, batches[start : start + run.world.size]) for start in turns],
         tokens=sum(len(example.input_ids) for example in examples),
         trained=sum(map(trained_tokens, examples)),
     )
 
 
-def collate_rows(run: Run, rows: Sequence[Row], dataset: Dataset) -> Batch:
-    """The rows of `dataset` as a batch for the run's model."""
-    return collate(
-        rows,
-        pad=run.pad,
-        row_length=dataset.row_length,
-        recorded_length=run.config.dataset.seq_length if run.plan.records else None,
-    )
+def _batch_of(run: Run, turn: Sequence[Sequence[Row]]) -> Batch:
+    """This process's batch, of the rows that all processes take at the same time."""
+    dataset, own = run.stream.dataset, turn[run.world.rank]
+    if not run.plan.records:
+        return collate(own, pad=run.pad, row_length=dataset.row_length)
+    # Processes that share the base record the same passes at the same time: NCCL wants its part of a CUDA
+    # graph to be recorded by all.
+    shape = recorded_shape(turn if run.plan.shard else [own], longest=dataset.longest)
+    return collate(own, pad=run.pad, row_length=dataset.row_length, shape=shape)
 
 
 def _not_finite(run: Run, step: int, batches: Sequence[Batch], losses: Tensor) -> TrainingFailed:

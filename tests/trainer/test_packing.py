@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainer.chat import IGNORED
-from trainer.data import Batch, Dataset, Example, Stream, collate
+from trainer.data import Batch, Dataset, Example, Stream, collate, recorded_shape
 from trainer.kernels import find_mamba_kernels
 from trainer.mamba import prepare_mixer
 from trainer.model import TrainingModel, block_kind, blocks_of, checkpoint_activations
@@ -148,8 +148,8 @@ def test_packed_documents_have_the_loss_and_gradients_of_documents_alone(
 ) -> None:
     causal_lm = build(config_file, family, attention, fused=fused)
     rows = packed_rows()
-    longest = ROW_LENGTH if recorded else None
-    together = [collate(rows, pad=7, row_length=ROW_LENGTH, recorded_length=longest)]
+    shape = recorded_shape([rows], longest=ROW_LENGTH) if recorded else None
+    together = [collate(rows, pad=7, row_length=ROW_LENGTH, shape=shape)]
     assert ("cu_seq_lens_q" in together[0].layout) != recorded
     alone = [collate([(example,)], pad=7) for row in rows for example in row]
     assert sum(batch.trained_tokens for batch in alone) == together[0].trained_tokens

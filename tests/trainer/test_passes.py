@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.chat import IGNORED
-from trainer.data import RECORDED_LENGTHS, Batch, Example, collate
+from trainer.data import (
+    RECORDED_LENGTHS,
+    Batch,
+    Example,
+    Row,
+    collate,
+    largest_shape,
+    recorded_shape,
+)
 from trainer.passes import Passes
 
 CPU = torch.device("cpu")
@@ -45,6 +53,8 @@ class Recorder:
     def __init__(self, passes: Any, *, room: int = 100) -> None:
         self.passes, self.room = passes, room
         self.pools: list[object] = []
+        self.streams: list[object] = []
+        """That was gone back to after a recording that was broken off."""
 
     @contextmanager
     def record(self, graph: Any, *, pool: object, capture_error_mode: str) -> Iterator[None]:
@@ -87,21 +97,40 @@ class Shared:
         self.undone += 1
 
 
-def batch(length: int, trained: int = 1000) -> Batch:
+def row(length: int, trained: int = 1000) -> Row:
     ids = [number % 16 for number in range(length)]
-    labels = [token if place < trained else IGNORED for place, token in enumerate(ids)]
-    return collate([(Example(ids, labels, 1),)], pad=0, recorded_length=LONGEST)
+    return (Example(ids, [token if place < trained else IGNORED for place, token in enumerate(ids)], 1),)
+
+
+def batch(length: int, trained: int = 1000) -> Batch:
+    rows = [row(length, trained)]
+    return collate(rows, pad=0, shape=recorded_shape([rows], longest=LONGEST))
+
+
+class World:
+    """Of two processes; the other one can record as long as it has room."""
+
+    def __init__(self, room: int = 100) -> None:
+        self.room, self.asked = room, 0
+
+    def any(self, flag: bool) -> bool:
+        self.asked += 1
+        return flag or self.asked > self.room
 
 
 def passes_of(
-    model: Model, monkeypatch: pytest.MonkeyPatch, *, room: int = 100
+    model: Model, monkeypatch: pytest.MonkeyPatch, *, room: int = 100, others_room: int = 100
 ) -> tuple[Any, Any, list[str]]:
     notes: list[str] = []
     shared: Any = Shared()
-    passes = Passes(model, [model.table], CPU, largest=batch(LONGEST), shared=shared, warn=notes.append)
+    world: Any = World(others_room)
+    largest = collate([row(LONGEST)], pad=0, shape=largest_shape(1, longest=LONGEST))
+    passes = Passes(model, [model.table], CPU, largest=largest, shared=shared, world=world, warn=notes.append)
     recorder = Recorder(passes, room=room)
     monkeypatch.setattr("trainer.passes.torch.cuda.CUDAGraph", recorder.graph)
     monkeypatch.setattr("trainer.passes.torch.cuda.graph", recorder.record)
+    monkeypatch.setattr("trainer.passes.torch.cuda.current_stream", lambda _: "the stream")
+    monkeypatch.setattr("trainer.passes.torch.cuda.set_stream", recorder.streams.append)
     passes.weigh(10)
     return passes, recorder, notes
 
@@ -111,7 +140,8 @@ LENGTHS = (30, 9, 64, 30, 31, 9, 17, 33)
 
 def gradient_without(lengths: tuple[int, ...]) -> Tensor:
     model = Model()
-    passes = Passes(model, [model.table], CPU, largest=None, shared=None, warn=print)
+    world: Any = World()
+    passes = Passes(model, [model.table], CPU, largest=None, shared=None, world=world, warn=print)
     passes.weigh(10)
     for length in lengths:
         passes(batch(length))
@@ -153,9 +183,45 @@ def test_a_recording_that_fails_is_told_and_changes_nothing(
     assert passes.recorded == 0  # their memory is given back
     assert len(recorder.pools) == room + 1  # and it isn't tried again
     assert notes == ["passes are not recorded as CUDA graphs: CUDA out of memory. Tried to allocate"]
-    assert passes._shared.undone == 1
+    assert passes._shared.undone >= 1
+    assert recorder.streams == ["the stream"]
     passes.clear_gradients()
     assert model.table.grad is None
+
+
+def test_a_pass_that_fails_while_it_is_recorded_ends_the_recording_in_good_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model()
+    passes, recorder, notes = passes_of(model, monkeypatch)
+    passes(batch(30))
+    run = passes._run
+
+    def fail(_: Batch) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    passes._run = fail
+    shapes = recorder.pools
+    monkeypatch.setattr(passes, "_give_up", lambda why: (notes.append(why), setattr(passes, "_run", run)))
+    passes(batch(9))
+    assert notes == ["operation not permitted when stream is capturing"]
+    assert len(shapes) == 1
+    assert recorder.streams == []  # it was left as a recording is
+    assert passes._shared.undone == 1
+
+
+@pytest.mark.parametrize("others_room", [0, 2])
+def test_processes_that_share_the_base_give_up_together(
+    monkeypatch: pytest.MonkeyPatch, others_room: int
+) -> None:
+    model = Model()
+    passes, _, notes = passes_of(model, monkeypatch, others_room=others_room)
+    for length in LENGTHS:
+        passes(batch(length))
+    torch.testing.assert_close(model.table.grad, gradient_without(LENGTHS))
+    assert passes.recorded == 0
+    assert notes == ["passes are not recorded as CUDA graphs: another process can't"]
+    assert passes._world.asked == others_room + 1
 
 
 def test_so_many_shapes_are_recorded_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,3 +244,14 @@ def test_rows_of_any_length_have_few_shapes(tmp_path: Path) -> None:
     assert len({shape for shape, _ in shapes}) <= RECORDED_LENGTHS
     assert len(shapes) <= 4 * RECORDED_LENGTHS
     assert all(shape[1] % 8 == 0 and shape[1] <= LONGEST for shape, _ in shapes)
+    largest = largest_shape(1, longest=LONGEST)
+    assert ((1, largest.length), largest.predicting) in shapes
+
+
+def test_processes_that_share_the_base_take_one_shape() -> None:
+    turn = [[row(20, 3)], [row(50, 50)], [row(3)]]
+    shape = recorded_shape(turn, longest=LONGEST)
+    made = [collate(rows, pad=0, shape=shape) for rows in turn]
+    assert {tuple(each.input_ids.shape) for each in made} == {(1, 56)}
+    assert {len(each.predicting) for each in made if each.predicting is not None} == {56}
+    assert [each.trained_tokens for each in made] == [2, 49, 2]

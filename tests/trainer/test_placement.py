@@ -22,6 +22,7 @@ from trainer.parallel import World
 from trainer.placement import (
     GIB,
     Plan,
+    _Way,
     blocks_to_keep,
     can_be_recorded,
     choose,
@@ -171,12 +172,49 @@ def test_as_few_blocks_as_must_be_are_computed_again(nano: Any, nano_file: Path)
     assert not taken(66, "distributed.activation_checkpointing=false").again
 
 
+@pytest.mark.parametrize(("rows", "gib"), [(1, 65), (1, 68), (1, 71), (4, 74), (4, 80), (4, 90), (4, 100)])
+def test_one_block_less_to_compute_again_would_not_fit(
+    nano: Any, nano_file: Path, rows: int, gib: int
+) -> None:
+    batch = (f"step_scheduler.local_batch_size={rows}", "step_scheduler.global_batch_size=16")
+    config = read_config(nano_file, ["device=cuda", *batch])
+    way = _Way(config, nano, choose_targets(nano, config.peft), 1, 1, 4096, gib * GIB)
+    plan = way.plan(True)
+    assert 1 < len(plan.again) < 52
+    assert plan.needed_bytes <= gib * GIB < way._with(len(plan.again) - 1, 0, plan.records).needed_bytes
+
+
+@pytest.mark.parametrize(("processes", "gib"), [(2, 55), (2, 60), (2, 71), (4, 40), (4, 61), (8, 30)])
+def test_one_more_block_would_not_fit_whole(nano: Any, nano_file: Path, processes: int, gib: int) -> None:
+    config = read_config(nano_file, ["device=cuda"])
+    targets = choose_targets(nano, config.peft)
+    way = _Way(config, nano, targets, processes, processes, 4096, gib * GIB)
+    plan = way.plan(False)
+    assert plan.needed_bytes <= gib * GIB
+    whole = len(plan.whole)
+    assert whole == 51 or way._with(0, whole + 1, plan.records).needed_bytes > gib * GIB
+
+
+def test_the_mask_of_packed_documents_is_counted(nano: Any, nano_file: Path) -> None:
+    def activations(*overrides: str) -> int:
+        return ways(nano, nano_file, 1, "dataset.seq_length=32768", *overrides)[1][0].memory[
+            "activations_bytes"
+        ]
+
+    more = activations("dataset.packing=true") - activations()
+    heads = 6 * 32768 * 2 * 32 * 128 * 2  # keys and values of six layers, for each head of the queries
+    assert more == 32768**2 * 2 + heads
+
+
 def test_dropout_and_other_families_are_not_recorded(nano: Any, nano_file: Path, config_file: Path) -> None:
-    def records(file: Path, causal_lm: Any, *overrides: str) -> bool:
+    def records(file: Path, causal_lm: Any, *overrides: str, shares: bool = False) -> bool:
         config = read_config(file, ["device=cuda", *overrides])
-        return can_be_recorded(config, causal_lm, choose_targets(causal_lm, config.peft))
+        return can_be_recorded(config, causal_lm, choose_targets(causal_lm, config.peft), shares=shares)
 
     assert records(nano_file, nano)
+    assert records(nano_file, nano, shares=True)
+    assert records(nano_file, nano, "distributed.gathering=fsdp2")
+    assert not records(nano_file, nano, "distributed.gathering=fsdp2", shares=True)
     assert records(nano_file, nano, "dataset.packing=true")
     assert not records(nano_file, nano, "device=cpu")
     assert not records(nano_file, nano, "peft.dropout=0.1")
@@ -218,6 +256,9 @@ def test_processes_of_a_node_share_a_copy_before_all_do(nano: Any, nano_file: Pa
     for gib, expected in ((33, (4, True)), (24, (8, True))):
         smaller = choose(config, ways(nano, nano_file, 8, on_a_node=4)[1], gib * GIB)
         assert (smaller.sharers, len(smaller.again) == 52) == expected
+    # A node can't have more than there are, nor a part that doesn't go up.
+    assert {way.sharers for way in ways(nano, nano_file, 4, on_a_node=8)[1]} == {1, 4}
+    assert {way.sharers for way in ways(nano, nano_file, 6, on_a_node=4)[1]} == {1, 6}
     # One process a node: all share.
     assert {way.sharers for way in ways(nano, nano_file, 4, on_a_node=1)[1]} == {1, 4}
 
