@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
-CONFIGS = REPOSITORY / "recipes/train"
+from benchmarks.stitched import CONFIGS, GIB, REPOSITORY, Plan, records
+
 LANES = {
     "rows": ("dataset.packing=false", "distributed.cuda_graphs=false"),
     "rows-recorded": ("dataset.packing=false", "distributed.cuda_graphs=true"),
@@ -39,11 +38,6 @@ def write_conversations(file: Path, count: int, median: int, longest: int) -> No
             question, answer = text[: length // 3], text[length // 3 :]
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             lines.write(json.dumps({"messages": messages}) + "\n")
-
-
-def steps_of(run: Path) -> list[dict[str, float]]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["kind"] == "step"]
 
 
 def main() -> int:
@@ -81,16 +75,13 @@ def main() -> int:
                 *LANES[name],
                 *given.overrides,
             )
-            command = [sys.executable, "-m", "trainer", str(config), "--run-dir", str(run)]
-            command += [word for override in overrides for word in ("--set", override)]
-            done = subprocess.run(
-                command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False
-            )
+            command = Plan(config, overrides, processes=1, share_gpus=False).command(run)
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{name} failed:\n{done.stdout[-1500:]}{done.stderr[-1500:]}", flush=True)
                 failed += 1
                 continue
-            steps = steps_of(run)
+            steps = records(run, "step")
             last = steps[-given.timed :]
             tokens, seconds = (sum(step[key] for step in last) for key in ("tokens", "seconds"))
             print(
@@ -98,7 +89,7 @@ def main() -> int:
                 f"{tokens / len(last):,.0f} tokens a step; all {len(steps)} steps "
                 f"{sum(step['seconds'] for step in steps):.0f} s; first losses "
                 f"{' '.join(format(step['loss'], '.4f') for step in steps[:3])}; "
-                f"{max(step['memory_bytes'] for step in steps) / 2**30:.1f} GiB",
+                f"{max(step['memory_bytes'] for step in steps) / GIB:.1f} GiB",
                 flush=True,
             )
     return 1 if failed else 0

@@ -39,17 +39,16 @@ class Passes:
         self,
         model: nn.Module,
         adapters: Sequence[nn.Parameter],
-        device: torch.device,
+        world: World,
         *,
         largest: Batch | None,
         shared: SharedBlocks | None,
-        world: World,
         warn: Callable[[str], None],
     ) -> None:
         """Passes are recorded if `largest` is given, a batch of the largest shape that there will be."""
-        self._model, self._adapters, self._device = model, adapters, device
-        self._largest, self._shared, self._world, self._warn = largest, shared, world, warn
-        self._weight = torch.zeros((), dtype=torch.float32, device=device)
+        self._model, self._adapters, self._world = model, adapters, world
+        self._largest, self._shared, self._warn = largest, shared, warn
+        self._weight = torch.zeros((), dtype=torch.float32, device=world.device)
         self._kernels_are_known = False
         self._recorded: dict[Shapes, _Recorded] = {}
 
@@ -69,7 +68,7 @@ class Passes:
         recorded = self._recording_of(batch) if self._largest and self._kernels_are_known else None
         self._kernels_are_known = True
         if recorded is None:
-            return self._run(batch.to(self._device))
+            return self._run(batch.to(self._world.device))
         for theirs, ours in zip(_tensors(recorded.batch), _tensors(batch), strict=True):
             theirs.copy_(ours, non_blocking=True)
         recorded.graph.replay()
@@ -108,11 +107,11 @@ class Passes:
 
     def _record(self, batch: Batch) -> str | None:
         """Nothing is computed meanwhile. Returns why it can't be done."""
-        static = batch.to(self._device)
+        static = batch.to(self._world.device)
         pool = next((recorded.graph.pool() for recorded in self._recorded.values()), None)
         graph = torch.cuda.CUDAGraph()
         failure = None
-        caller = torch.cuda.current_stream(self._device)
+        caller = torch.cuda.current_stream(self._world.device)
         try:
             # Only this thread is watched: NCCL's own and that of a checkpoint may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

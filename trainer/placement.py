@@ -158,7 +158,7 @@ class _Way:
     def _with(self, again: int, whole: int, records: bool) -> Plan:
         """With so many blocks that are computed again, and that are whole on each GPU."""
         blocks = blocks_of(self.causal_lm)
-        kept = blocks_to_keep([bytes_of(block) for block in blocks], whole if self.sharers > 1 else 0)
+        kept = blocks_to_keep(self._sizes, whole if self.sharers > 1 else 0)
         computed = self._worth_computing_again[:again]
         memory = estimate(
             self.causal_lm,
@@ -171,6 +171,11 @@ class _Way:
             again=frozenset(computed),
         )
         return Plan(self.processes, self.sharers, len(blocks), memory, frozenset(computed), kept, records)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Of the blocks, in bytes."""
+        return [bytes_of(block) for block in blocks_of(self.causal_lm)]
 
     @cached_property
     def _worth_computing_again(self) -> list[int]:

@@ -126,10 +126,9 @@ def prepare(config: Config, run_dir: Path, world: World, metrics: Metrics, progr
         passes=Passes(
             training_model,
             list(adapters.values()),
-            world.device,
+            world,
             largest=_largest_batch(config, data, tokenizer.pad_token_id) if plan.records else None,
             shared=shared,
-            world=world,
             warn=metrics.note,
         ),
         stream=stream,

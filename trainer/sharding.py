@@ -88,11 +88,11 @@ class SharedBlocks:
 
     def nothing_moved(self) -> None:
         """What was asked for since `settle` was for a recording, and never came."""
-        for event in self._coming:
+        coming, self._coming = self._coming, [None] * len(self._places)
+        self._lying = list(range(len(self._places)))
+        for event in coming:
             if event is not None:
                 torch.cuda.current_stream(self._device).wait_event(event)
-        self._lying = list(range(len(self._places)))
-        self._coming = [None] * len(self._places)
 
     def hold(self, number: int) -> None:
         """Block `number` lies whole for what is started from here on, until another one takes its place."""

@@ -110,6 +110,8 @@ def batch(length: int, trained: int = 1000) -> Batch:
 class World:
     """Of two processes; the other one can record as long as it has room."""
 
+    device = CPU
+
     def __init__(self, room: int = 100) -> None:
         self.room, self.asked = room, 0
 
@@ -125,7 +127,7 @@ def passes_of(
     shared: Any = Shared()
     world: Any = World(others_room)
     largest = collate([row(LONGEST)], pad=0, shape=largest_shape(1, longest=LONGEST))
-    passes = Passes(model, [model.table], CPU, largest=largest, shared=shared, world=world, warn=notes.append)
+    passes = Passes(model, [model.table], world, largest=largest, shared=shared, warn=notes.append)
     recorder = Recorder(passes, room=room)
     monkeypatch.setattr("trainer.passes.torch.cuda.CUDAGraph", recorder.graph)
     monkeypatch.setattr("trainer.passes.torch.cuda.graph", recorder.record)
@@ -141,13 +143,23 @@ LENGTHS = (30, 9, 64, 30, 31, 9, 17, 33)
 def gradient_without(lengths: tuple[int, ...]) -> Tensor:
     model = Model()
     world: Any = World()
-    passes = Passes(model, [model.table], CPU, largest=None, shared=None, world=world, warn=print)
+    passes = Passes(model, [model.table], world, largest=None, shared=None, warn=print)
     passes.weigh(10)
     for length in lengths:
         passes(batch(length))
     assert passes.recorded == 0
     assert model.table.grad is not None
     return model.table.grad
+
+
+def after_all(monkeypatch: pytest.MonkeyPatch, **rooms: int) -> tuple[Model, Any, Any, list[str]]:
+    """A pass of each length, which have added what they do without recording."""
+    model = Model()
+    passes, recorder, notes = passes_of(model, monkeypatch, **rooms)
+    for length in LENGTHS:
+        passes(batch(length))
+    torch.testing.assert_close(model.table.grad, gradient_without(LENGTHS))
+    return model, passes, recorder, notes
 
 
 def test_recorded_passes_add_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +187,7 @@ def test_recorded_passes_add_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
 def test_a_recording_that_fails_is_told_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    model = Model()
-    passes, recorder, notes = passes_of(model, monkeypatch, room=room)
-    for length in LENGTHS:
-        passes(batch(length))
-    torch.testing.assert_close(model.table.grad, gradient_without(LENGTHS))
+    model, passes, recorder, notes = after_all(monkeypatch, room=room)
     assert passes.recorded == 0  # their memory is given back
     assert len(recorder.pools) == room + 1  # and it isn't tried again
     assert notes == ["passes are not recorded as CUDA graphs: CUDA out of memory. Tried to allocate"]
@@ -214,11 +222,7 @@ def test_a_pass_that_fails_while_it_is_recorded_ends_the_recording_in_good_order
 def test_processes_that_share_the_base_give_up_together(
     monkeypatch: pytest.MonkeyPatch, others_room: int
 ) -> None:
-    model = Model()
-    passes, _, notes = passes_of(model, monkeypatch, others_room=others_room)
-    for length in LENGTHS:
-        passes(batch(length))
-    torch.testing.assert_close(model.table.grad, gradient_without(LENGTHS))
+    _, passes, _, notes = after_all(monkeypatch, others_room=others_room)
     assert passes.recorded == 0
     assert notes == ["passes are not recorded as CUDA graphs: another process can't"]
     assert passes._world.asked == others_room + 1
@@ -226,11 +230,7 @@ def test_processes_that_share_the_base_give_up_together(
 
 def test_so_many_shapes_are_recorded_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.passes.MOST_GRAPHS", 2)
-    model = Model()
-    passes, _, notes = passes_of(model, monkeypatch)
-    for length in LENGTHS:
-        passes(batch(length))
-    torch.testing.assert_close(model.table.grad, gradient_without(LENGTHS))
+    _, passes, _, notes = after_all(monkeypatch)
     assert (passes.recorded, notes) == (2, [])
 
 
